@@ -1,0 +1,1 @@
+//! The process that owns what must survive a worker.

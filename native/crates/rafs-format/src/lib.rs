@@ -1,0 +1,1 @@
+//! RAFS bootstrap and blob metadata: parsers that do no I/O.

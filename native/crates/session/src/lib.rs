@@ -1,0 +1,1 @@
+//! The memory shared by keeper, worker and control.

@@ -1,0 +1,1 @@
+//! Guest memory and split virtqueues, device side.

@@ -1,0 +1,57 @@
+"""The command line. Each command lives in its own module and is imported only when it is called, because
+``serve`` must bind its sockets within milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from virtiofsd_rafs import __version__
+
+# command name -> (module, attribute, one line of help)
+_COMMANDS = {
+    "serve": ("virtiofsd_rafs.cli.serve", "serve", "Serve an image to one VM over vhost-user."),
+    "status": ("virtiofsd_rafs.cli.status", "status", "Show a running daemon's processes, queues and traffic."),
+    "build": ("virtiofsd_rafs.cli.build", "build", "Build a RAFS v6 image from a directory."),
+    "push": ("virtiofsd_rafs.cli.push", "push", "Push a built image to a registry."),
+    "inspect": ("virtiofsd_rafs.cli.inspect", "inspect", "Show what an image contains."),
+    "check": ("virtiofsd_rafs.cli.check", "check", "Verify an image's structures and digests."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = _COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, attribute, _ = entry
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup)
+@click.version_option(__version__, prog_name="virtiofsd-rafs")
+def cli() -> None:
+    """Start microVM containers before their image has been fetched."""
+
+
+def main() -> None:
+    """Run the command line; errors of this package end with their own exit code and one clear line."""
+    from virtiofsd_rafs.errors import VirtiofsdRafsError
+
+    try:
+        cli(auto_envvar_prefix="VIRTIOFSD_RAFS")
+    except VirtiofsdRafsError as e:
+        print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
