@@ -1,1 +1,17 @@
 //! Chunk states, extents, decoding and verification: what the agent writes and the worker reads.
+//!
+//! Per blob there are three objects, all shared between processes by file descriptor:
+//!
+//! * the **state file**: one atomic word per chunk, [`layout`] names the bits; only [`layout::VERIFIED`] may be served;
+//! * the **data file**: the blob's uncompressed address space, sparse;
+//! * the **extent table**: where a chunk's bytes lie, and whether the daemon's spill memfd stands in for the data file.
+//!
+//! Publishing order: bytes first, then (release) the state or spill word. A reader takes a word (acquire), copies
+//! the bytes, and looks at the same word again: [`BlobView::locate`] and [`BlobView::unchanged`].
+
+pub mod layout;
+mod mapping;
+mod view;
+
+pub use mapping::Mapping;
+pub use view::{BlobView, Extent, Location, Source};

@@ -1,0 +1,94 @@
+//! The shared layouts, byte for byte. All integers are little endian (the only byte order this project runs on).
+//!
+//! State file: a 4096-byte header, then `chunk_count` words of 32 bits.
+//!
+//! | offset | type | field |
+//! |---|---|---|
+//! | 0 | u64 | magic [`STATE_MAGIC`], written last when a file is made |
+//! | 8 | u32 | version |
+//! | 12 | u32 | chunk_count |
+//! | 16 | 16 B | boot id of the kernel under which `verified` was last true |
+//! | 32 | 32 B | map digest: sha256 over the blob's chunk map as the bootstrap promises it |
+//! | 64 | 64 B | blob id, NUL padded |
+//! | 128 | u64 | data_size: length of the data file |
+//!
+//! Extent table: a 64-byte header {magic u64, version u32, chunk_count u32}, then 32 bytes per chunk
+//! {data_offset u64, size u32, flags u32, spill u64, reserved u64}.
+
+/// First word of a state file ("VRCHSTAT").
+pub const STATE_MAGIC: u64 = u64::from_le_bytes(*b"VRCHSTAT");
+/// First word of an extent table ("VREXTENT").
+pub const EXTENT_MAGIC: u64 = u64::from_le_bytes(*b"VREXTENT");
+/// Version of both layouts.
+pub const VERSION: u32 = 1;
+
+/// Bytes before the first state word.
+pub const STATE_HEADER: usize = 4096;
+/// Bytes before the first extent.
+pub const EXTENT_HEADER: usize = 64;
+/// Bytes of one extent.
+pub const EXTENT_SIZE: usize = 32;
+
+/// Byte offsets in the state header.
+pub mod state_header {
+    pub const MAGIC: usize = 0;
+    pub const VERSION: usize = 8;
+    pub const CHUNK_COUNT: usize = 12;
+    pub const BOOT_ID: usize = 16;
+    pub const MAP_DIGEST: usize = 32;
+    pub const BLOB_ID: usize = 64;
+    pub const DATA_SIZE: usize = 128;
+}
+
+/// Nothing usable is stored.
+pub const ABSENT: u32 = 0;
+/// Somebody fetches it: a hint for people and other daemons, nobody waits for it.
+pub const FETCHING: u32 = 1;
+/// Bytes are stored but were not verified under this boot.
+pub const PRESENT: u32 = 2;
+/// Bytes are stored and verified: the only state that is served.
+pub const VERIFIED: u32 = 3;
+
+/// The state in a state word; the bits above are a generation that grows with every change.
+pub const fn state_of(word: u32) -> u32 {
+    word & 7
+}
+
+/// The word that follows `word` when the chunk enters `state`.
+pub const fn next_word(word: u32, state: u32) -> u32 {
+    (word >> 3).wrapping_add(1) << 3 | state
+}
+
+/// Extent flag: the image refers to this chunk and promises its size.
+pub const EXTENT_VALID: u32 = 1;
+
+/// Spill offsets are counted in units of this many bytes.
+pub const SPILL_UNIT: u64 = 4096;
+/// Number of low bits of a spill word that hold the offset; the generation stands above and is never 0.
+pub const SPILL_GENERATION_SHIFT: u32 = 40;
+
+/// The spill word for byte `offset` (a multiple of [`SPILL_UNIT`]) of the spill memfd.
+pub const fn spill_word(generation: u32, offset: u64) -> u64 {
+    (generation as u64) << SPILL_GENERATION_SHIFT | (offset / SPILL_UNIT + 1)
+}
+
+/// Generation and byte offset of a spill word; `None` when it says "not in the spill" or is malformed.
+pub const fn split_spill(word: u64) -> Option<(u32, u64)> {
+    let generation = (word >> SPILL_GENERATION_SHIFT) as u32;
+    let unit = word & ((1 << SPILL_GENERATION_SHIFT) - 1);
+    if generation == 0 || unit == 0 {
+        None
+    } else {
+        Some((generation, (unit - 1) * SPILL_UNIT))
+    }
+}
+
+/// Bytes of a state file for `count` chunks.
+pub const fn state_len(count: u32) -> usize {
+    STATE_HEADER + count as usize * 4
+}
+
+/// Bytes of an extent table for `count` chunks.
+pub const fn extent_len(count: u32) -> usize {
+    EXTENT_HEADER + count as usize * EXTENT_SIZE
+}
