@@ -45,13 +45,20 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(code: i64, text: impl Into<String>) -> Self {
-        Failure { code, text: text.into() }
+        Failure {
+            code,
+            text: text.into(),
+        }
     }
 }
 
 impl From<std::io::Error> for Failure {
     fn from(e: std::io::Error) -> Self {
-        let code = if e.raw_os_error() == Some(libc::ENOSPC) { VR_E_NOSPACE } else { VR_E_OS };
+        let code = if e.raw_os_error() == Some(libc::ENOSPC) {
+            VR_E_NOSPACE
+        } else {
+            VR_E_OS
+        };
         Failure::new(code, e.to_string())
     }
 }
