@@ -1,1 +1,13 @@
 //! Guest memory and split virtqueues, device side.
+//!
+//! Nothing here trusts the guest: addresses are translated through the region table each time, every index is
+//! reduced by the ring size, chains are bounded, and what is read once is kept in locals, because the guest may
+//! change its memory at any moment.
+
+mod chain;
+mod memory;
+mod ring;
+
+pub use chain::{Chain, ChainError, Segment};
+pub use memory::{GuestMemory, RegionSpec};
+pub use ring::{RingAddresses, RingError, Vring};
