@@ -1,0 +1,55 @@
+"""Options and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Debian keeps some tools where an ordinary user's PATH does not look.
+_TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="skip tests that need the tool NAME if it is not installed (else they fail); may be repeated",
+    )
+
+
+@pytest.fixture(scope="session")
+def missing(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """``missing(name)`` ends the test for want of the tool *name*: it fails, or is skipped if that was allowed."""
+    allowed = pytestconfig.getoption("allow_missing")
+
+    def end(name: str) -> None:
+        if name in allowed:
+            pytest.skip(f"{name} is missing, as allowed by --allow-missing={name}")
+        pytest.fail(
+            f"{name} is missing: run scripts/lib/install build guest, or give --allow-missing={name}",
+            pytrace=False,
+        )
+
+    return end
+
+
+@pytest.fixture(scope="session")
+def tool(missing: Callable[[str], None]) -> Callable[[str], str]:
+    """``tool(name)`` is the path of the program *name*; without it the test ends as ``missing`` says."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name, path=_TOOL_PATH)
+        if path is None:
+            missing(name)
+        assert path is not None
+        return path
+
+    return find
