@@ -18,7 +18,7 @@ pub const BLOB_META: &str = "blob.meta";
 pub const BLOB_META_HEADER: &str = "blob.meta.header";
 /// Section with the digests of the chunks, 32 bytes each.
 pub const BLOB_DIGEST: &str = "blob.digest";
-/// Section with the chunks.
+/// Section with the chunks. Its offset and sizes are not reliable.
 pub const IMAGE_BLOB: &str = "image.blob";
 /// Section with an embedded bootstrap.
 pub const IMAGE_BOOT: &str = "image.boot";
@@ -122,22 +122,22 @@ fn section(raw: &[u8; ENTRY_SIZE], at: usize, blob_size: u64) -> Result<Section>
         compressed_size: le64(raw, 64),
         uncompressed_size: le64(raw, 72),
     };
-    if section
+    // Builders say of the data section that it starts at its own end, and that it is uncompressed whatever its
+    // chunks are: nothing but its name and digest means anything.
+    if section.name() == IMAGE_BLOB {
+        return Ok(section);
+    }
+    let end = section
         .compressed_offset
-        .checked_add(section.compressed_size)
-        .is_none_or(|end| end > blob_size)
-    {
+        .checked_add(section.compressed_size);
+    if end.is_none_or(|end| end > blob_size) {
         return Err(FormatError::malformed(
             "toc.compressed_offset",
             at,
             "a section beyond the blob's end",
         ));
     }
-    // The data section is said to be uncompressed, whatever its chunks are.
-    if compressor == Compressor::None
-        && section.compressed_size != section.uncompressed_size
-        && section.name() != IMAGE_BLOB
-    {
+    if compressor == Compressor::None && section.compressed_size != section.uncompressed_size {
         return Err(FormatError::malformed(
             "toc.compressed_size",
             at,

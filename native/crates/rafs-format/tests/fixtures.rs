@@ -188,7 +188,7 @@ fn table_of_contents_of_an_inline_meta_blob() {
         .map(|s| (s.name(), s.compressed_offset, s.compressed_size))
         .collect();
     let expected = [
-        ("image.blob", 0, 2829),
+        ("image.blob", 2829, 2829),
         ("blob.meta", 3341, 48),
         ("blob.meta.header", 3389, 4096),
         ("image.boot", 7997, 501),
