@@ -11,6 +11,7 @@
 //! | 32 | 32 B | map digest: sha256 over the blob's chunk map as the bootstrap promises it |
 //! | 64 | 64 B | blob id, NUL padded |
 //! | 128 | u64 | data_size: length of the data file |
+//! | 136 | u64 | inode number of the data file that the states speak of (0: none) |
 //!
 //! Extent table: a 64-byte header {magic u64, version u32, chunk_count u32}, then 32 bytes per chunk
 //! {data_offset u64, size u32, flags u32, spill u64, reserved u64}.
@@ -38,6 +39,7 @@ pub mod state_header {
     pub const MAP_DIGEST: usize = 32;
     pub const BLOB_ID: usize = 64;
     pub const DATA_SIZE: usize = 128;
+    pub const DATA_INO: usize = 136;
 }
 
 /// Nothing usable is stored.

@@ -7,11 +7,21 @@
 //! * the **extent table**: where a chunk's bytes lie, and whether the daemon's spill memfd stands in for the data file.
 //!
 //! Publishing order: bytes first, then (release) the state or spill word. A reader takes a word (acquire), copies
-//! the bytes, and looks at the same word again: [`BlobView::locate`] and [`BlobView::unchanged`].
+//! the bytes, and looks at the same word again: [`BlobView::locate`] and [`BlobView::unchanged`]. The writer is
+//! [`Store`].
 
+pub mod decode;
 pub mod layout;
 mod mapping;
+pub mod spec;
+mod spill;
+mod store;
+mod sys;
+mod tables;
 mod view;
 
 pub use mapping::Mapping;
+pub use spill::SpillStats;
+pub use store::{Blob, Outcome, StateCounts, Store, TableFds};
+pub use tables::{BootId, Tables, kernel_boot_id};
 pub use view::{BlobView, Extent, Location, Source};
