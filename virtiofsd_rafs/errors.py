@@ -71,6 +71,16 @@ class DigestMismatch(ImageError):
     msgid = "digest.mismatch"
 
 
+class BuildError(VirtiofsdRafsError):
+    """A source tree cannot be made into an image. Names the path and the reason."""
+
+    msgid = "build.failed"
+
+    def __init__(self, path: str, reason: str, *, remedy: str = "") -> None:
+        super().__init__(f"cannot store {path}: {reason}", remedy=remedy)
+        self.path = path
+
+
 class CacheError(VirtiofsdRafsError, OSError):
     """The local cache cannot be used."""
 
