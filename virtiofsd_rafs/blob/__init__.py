@@ -1,1 +1,1 @@
-"""blob"""
+"""Data blobs: chunk information, table of contents, codecs, digests. Takes buffers, does no I/O."""
