@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def missing(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """``missing(name)`` ends the test for want of the tool *name*: it fails, or is skipped if that was allowed."""
+    """``missing(name)`` ends the test for want of *name*: it fails, or is skipped if that was allowed."""
     allowed = pytestconfig.getoption("allow_missing")
 
     def end(name: str) -> None:

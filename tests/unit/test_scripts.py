@@ -12,8 +12,7 @@ SCRIPTS = sorted(
     path
     for folder in (ROOT / "scripts", ROOT / "scripts" / "lib", ROOT / ".ci")
     for path in folder.iterdir()
-    if path.is_file()
-    and path.read_bytes().startswith((b"#!/usr/bin/env bash", b"# Sourced"))
+    if (path.is_file() and path.read_bytes().startswith((b"#!/usr/bin/env bash", b"# Sourced")))
     or path.suffix == ".sh"
 )
 
