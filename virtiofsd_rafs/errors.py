@@ -137,6 +137,13 @@ class BadReply(BackendError):
     msgid = "backend.bad-reply"
 
 
+class UntrustedServer(BackendError):
+    """TLS cannot be set up with the server: its certificate is not trusted, or it speaks no TLS at all."""
+
+    msgid = "backend.untrusted"
+    retryable = False
+
+
 class SocketSetupError(VirtiofsdRafsError, OSError):
     """A socket cannot be bound, or the front-end broke the vhost-user protocol during set-up."""
 
