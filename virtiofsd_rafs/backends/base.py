@@ -1,0 +1,78 @@
+"""What every source of blobs offers, and what it needs to know."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Protocol
+
+from virtiofsd_rafs.errors import BackendError, ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}")
+_SHA256_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobSource(Protocol):
+    """Where the bytes of blobs come from.
+
+    Methods raise BackendError subclasses only. ``error.retryable`` says whether the same call can succeed
+    later; ``Throttled.retry_after_s`` when. Nothing is tried again inside, but authentication and redirects
+    are part of a call. Any number of calls may run at once; a cancelled one gives its connection back.
+    """
+
+    async def read_range(self, blob_id: str, offset: int, length: int) -> bytes:
+        """Exactly *length* >= 1 bytes of the blob at *offset*, as stored: not decoded and not verified."""
+        ...
+
+    async def blob_size(self, blob_id: str) -> int:
+        """The length of the stored blob."""
+        ...
+
+    async def close(self) -> None:
+        """Gives up connections and files. The source is not used afterwards."""
+        ...
+
+
+class SourceConfig(Protocol):
+    """The part of the configuration that a source reads."""
+
+    @property
+    def plain_http(self) -> bool: ...
+
+    @property
+    def ca_file(self) -> Path | None: ...
+
+    @property
+    def connections(self) -> int: ...
+
+
+def check_range(offset: int, length: int) -> None:
+    """Raises ConfigError (the caller's bug) for a range that cannot be asked for."""
+    if offset < 0 or length < 1 or offset + length > 1 << 63:
+        raise ConfigError(f"no range: {length} bytes at {offset}")
+
+
+def file_name(blob_id: str) -> str:
+    """*blob_id* as a file name.
+
+    It comes from an image: anything that could leave the directory is refused.
+    """
+    if not _FILE_NAME.fullmatch(blob_id):
+        raise BadBlobId(f"blob id {blob_id[:80]!r} is no file name")
+    return blob_id
+
+
+def sha256_digest(blob_id: str) -> str:
+    """*blob_id* as ``sha256:hex``, the only way to name a blob in a registry."""
+    if not _SHA256_HEX.fullmatch(blob_id):
+        raise BadBlobId(f"blob id {blob_id[:80]!r} is no sha256, a registry cannot have it")
+    return f"sha256:{blob_id}"
+
+
+class BadBlobId(BackendError, ValueError):
+    """The image names a blob in a way that this source cannot look up."""
+
+    msgid = "backend.bad-blob-id"
+    retryable = False

@@ -1,0 +1,262 @@
+"""The one place that sends HTTP requests to the outside: an aiohttp session with the habits that registries
+need.
+
+Bodies are never decompressed behind our back (``Accept-Encoding: identity``; a compressed 206 makes no
+sense), redirects are never followed by the library (it would take the Authorization along), URLs are sent as
+they were written (a re-quoted signed URL has another signature), and neither cookies nor ~/.netrc take part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from yarl import URL
+
+from virtiofsd_rafs import __version__
+from virtiofsd_rafs.errors import (
+    BackendError,
+    BackendTimeout,
+    BadReply,
+    ConfigError,
+    Unreachable,
+    UntrustedServer,
+)
+from virtiofsd_rafs.registry.protocol import BodyPlan, ReplyHead, Request, without_query
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from virtiofsd_rafs.registry.secret import Secret
+
+# Two lost SYNs (1 s + 2 s) may pass; a dead host is known before a guest's patience is used up.
+CONNECT_TIMEOUT_S = 5.0
+# A pull-through cache may need this long to its first byte.
+PROGRESS_TIMEOUT_S = 15.0
+# What must arrive within each PROGRESS_TIMEOUT_S of a body: a trickle is no progress.
+MIN_PROGRESS = 32 << 10
+# The tiny bodies of redirects and 401 are drained for this long, so that the connection can be used again.
+_DRAIN_S = 0.25
+_DRAIN_MAX = 16 << 10
+_READ_BUFFER = 256 << 10
+
+# What may be sent as a body: called anew for each try.
+BodyFactory = Callable[[], Any]
+
+
+class HttpClient:
+    """Connections to any number of hosts, at most *connections* at a time.
+
+    Args:
+        ca_file: PEM certificates that are trusted beside the system's.
+        connections: bound for all hosts together.
+        connect_timeout_s: for TCP and TLS together.
+        progress_timeout_s: without (enough) bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        ca_file: Path | None = None,
+        connections: int = 8,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+    ) -> None:
+        self._ca_file = ca_file
+        self._connections = connections
+        self._progress_timeout_s = progress_timeout_s
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, connect=None, sock_connect=connect_timeout_s, sock_read=progress_timeout_s
+        )
+        self._session: aiohttp.ClientSession | None = None
+        self._tls: ssl.SSLContext | None = None
+
+    async def open(
+        self, request: Request, authorization: Secret | None, body: BodyFactory | None = None
+    ) -> Reply:
+        """Sends *request*; the reply's body is still to be read. Use it as a context manager.
+
+        Raises Unreachable, BackendTimeout, UntrustedServer or BadReply.
+        """
+        headers = dict(request.headers)
+        if request.authorize and authorization is not None:
+            headers["Authorization"] = authorization.reveal()
+        where = without_query(request.url)
+        try:
+            response = await self._get_session().request(
+                request.method,
+                URL(request.url, encoded=True),
+                headers=headers,
+                data=None if body is None else body(),
+                allow_redirects=False,
+                ssl=self._tls_context() if request.url.startswith("https:") else True,
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
+            raise _translate(e, where) from e
+        return Reply(response, where, self._progress_timeout_s)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _get_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections),
+                timeout=self._timeout,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"User-Agent": f"virtiofsd-rafs/{__version__}"},
+                read_bufsize=_READ_BUFFER,
+                trust_env=False,
+            )
+        return self._session
+
+    def _tls_context(self) -> ssl.SSLContext:
+        # Loading the system's certificates costs some 20 ms: not for those who speak plain http.
+        if self._tls is None:
+            context = ssl.create_default_context()
+            if self._ca_file is not None:
+                try:
+                    context.load_verify_locations(self._ca_file)
+                except (OSError, ssl.SSLError) as e:
+                    raise ConfigError(
+                        f"--ca-file {self._ca_file}: no certificates in it ({e.strerror or e})",
+                        remedy="it has to be a PEM file",
+                    ) from e
+            self._tls = context
+        return self._tls
+
+
+class Reply:
+    """Head and unread body of a reply."""
+
+    def __init__(self, response: aiohttp.ClientResponse, where: str, progress_timeout_s: float) -> None:
+        self._response = response
+        self._where = where
+        self._progress_timeout_s = progress_timeout_s
+        self.head = ReplyHead.of(response.status, response.headers.items())
+
+    async def __aenter__(self) -> Reply:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A body that was not read to its end closes the connection; a finished one gives it back to the pool.
+        self._response.release()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece.
+
+        Raises Unreachable when it breaks off, BackendTimeout when it trickles.
+        """
+        content = self._response.content
+        loop = asyncio.get_running_loop()
+        got, mark = 0, MIN_PROGRESS
+        end = loop.time() + self._progress_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout_at(end):
+                    piece = await content.readany()
+            except (aiohttp.ClientError, TimeoutError, OSError) as e:
+                raise _translate(e, self._where) from e
+            if not piece:
+                return
+            got += len(piece)
+            if got >= mark:
+                mark, end = got + MIN_PROGRESS, loop.time() + self._progress_timeout_s
+            yield piece
+
+    async def slice(self, plan: BodyPlan) -> AsyncIterator[bytes]:
+        """The part of the body that *plan* wants, then no further byte is read.
+
+        Raises BadReply when it is short.
+        """
+        skip, missing = plan.skip, plan.count
+        if missing:
+            async for received in self.chunks():
+                piece = received
+                if skip:
+                    cut = min(skip, len(piece))
+                    skip -= cut
+                    piece = piece[cut:]
+                if not piece:
+                    continue
+                if len(piece) > missing:
+                    piece = piece[:missing]
+                missing -= len(piece)
+                yield piece
+                if not missing:
+                    break
+        if missing:
+            raise BadReply(f"{self._where}: the body ends {missing} bytes early")
+
+    async def read(self, plan: BodyPlan) -> bytes:
+        """The part of the body that *plan* wants, in one piece."""
+        return b"".join([piece async for piece in self.slice(plan)])
+
+    async def read_all(self, limit: int) -> bytes:
+        """The whole body. Raises BadReply when it is longer than *limit*."""
+        pieces: list[bytes] = []
+        got = 0
+        async for piece in self.chunks():
+            got += len(piece)
+            if got > limit:
+                raise BadReply(f"{self._where}: the body is longer than {limit} bytes")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def drain(self) -> None:
+        """Reads a small body away, so that the connection can be used again.
+
+        Never fails, never waits long.
+        """
+        length = self.head.content_length()
+        if length is None or length > _DRAIN_MAX:
+            return
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                await self._response.content.readexactly(length)
+        except (aiohttp.ClientError, asyncio.IncompleteReadError, TimeoutError, OSError):
+            return
+
+
+def _translate(error: Exception, where: str) -> BackendError:
+    """What *error* means for the caller."""
+    if isinstance(error, (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError)):
+        return UntrustedServer(
+            f"{where}: the server's certificate is not trusted ({_certificate_reason(error)})",
+            remedy="--ca-file FILE adds a certificate authority",
+        )
+    if isinstance(error, (aiohttp.ClientConnectorSSLError, ssl.SSLError)) and _speaks_plain(error):
+        return UntrustedServer(f"{where}: the server does not speak TLS", remedy="--plain-http allows that")
+    if isinstance(error, TimeoutError):
+        return BackendTimeout(f"{where}: no answer in time")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return Unreachable(f"{where}: the host name cannot be resolved")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Unreachable(f"{where}: no connection: {error.strerror or error.os_error}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return BadReply(f"{where}: the server does not speak HTTP as it should")
+    if isinstance(error, (aiohttp.InvalidURL, ValueError)):
+        return BadReply(f"{where}: the URL is malformed")
+    return Unreachable(f"{where}: the connection broke ({type(error).__name__})")
+
+
+def _speaks_plain(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(
+        sign in text for sign in ("wrong version number", "wrong_version_number", "record layer failure")
+    )
+
+
+def _certificate_reason(error: Exception) -> str:
+    inner = getattr(error, "certificate_error", error)
+    return str(getattr(inner, "verify_message", "") or type(inner).__name__)

@@ -1,0 +1,51 @@
+"""Blobs in an OCI registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtiofsd_rafs.backends.base import check_range, sha256_digest
+from virtiofsd_rafs.backends.client import RegistryClient
+from virtiofsd_rafs.backends.credentials import load_docker_config
+from virtiofsd_rafs.backends.http import HttpClient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from virtiofsd_rafs.backends.base import SourceConfig
+    from virtiofsd_rafs.registry.reference import Reference
+
+
+class OciSource:
+    """A BlobSource over ``/v2/<repository>/blobs/sha256:<blob_id>``.
+
+    Args:
+        reference: names host and repository.
+        config: TLS and connections.
+        blob_sizes: sizes that the manifest tells, by blob id; others are asked for.
+    """
+
+    def __init__(
+        self, reference: Reference, config: SourceConfig, blob_sizes: Mapping[str, int] | None = None
+    ) -> None:
+        self._http = HttpClient(ca_file=config.ca_file, connections=config.connections)
+        self._client = RegistryClient(
+            self._http, reference, plain_http=config.plain_http, config=load_docker_config()
+        )
+        self._sizes = dict(blob_sizes or {})
+
+    async def read_range(self, blob_id: str, offset: int, length: int) -> bytes:
+        """See BlobSource."""
+        check_range(offset, length)
+        return await self._client.read_range(sha256_digest(blob_id), offset, length)
+
+    async def blob_size(self, blob_id: str) -> int:
+        """See BlobSource."""
+        known = self._sizes.get(blob_id)
+        if known is None:
+            known = self._sizes[blob_id] = await self._client.blob_size(sha256_digest(blob_id))
+        return known
+
+    async def close(self) -> None:
+        """See BlobSource."""
+        await self._http.close()
