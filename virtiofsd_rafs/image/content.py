@@ -1,0 +1,129 @@
+"""Manifests and bootstrap layers in the cache directory, each under the digest that it was promised by.
+
+``<cache>/content/sha256/<hex>`` holds content, ``<cache>/images/<sha256 of "host/repo:tag">.json`` remembers
+which manifest a tag named. Files appear by rename only, complete and synced; what is read is hashed again,
+and a file that is wrong counts as absent (and is removed, so that it is fetched again). A cache that cannot
+be written costs a warning, not the start.
+
+Nothing here may import aiohttp or asyncio: a known image starts from here within milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from typing import TYPE_CHECKING, BinaryIO
+
+from virtiofsd_rafs.registry.reference import Reference, is_sha256
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_log = logging.getLogger(__name__)
+_RECORD_VERSION = 1
+_MAX_RECORD_LEN = 16 << 10
+
+
+class ContentStore:
+    """The content below *cache_dir*; None keeps nothing."""
+
+    def __init__(self, cache_dir: Path | None) -> None:
+        self._root = cache_dir
+
+    def get(self, digest: str, *, limit: int) -> bytes | None:
+        """The content called *digest*, verified; None when it is absent, longer than *limit*, or damaged."""
+        path = self._content_path(digest)
+        data = None if path is None else _read(path, limit)
+        if path is None or data is None:
+            return None
+        if "sha256:" + hashlib.sha256(data).hexdigest() == digest:
+            return data
+        _log.warning("%s is damaged and will be fetched again", path)
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(self, digest: str, data: bytes) -> None:
+        """Keeps *data*, which the caller has verified to be *digest*."""
+        path = self._content_path(digest)
+        if path is not None:
+            _write(path, data)
+
+    def manifest_of(self, reference: Reference) -> str | None:
+        """The digest of the manifest (or index) that *reference*'s tag named when it was last asked for."""
+        path = self._record_path(reference)
+        data = None if path is None else _read(path, _MAX_RECORD_LEN)
+        if data is None:
+            return None
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
+            return None
+        # The name is stored as well, so that a moved or copied file speaks for no other image.
+        digest = record.get("manifest")
+        if record.get("name") != reference.key or not isinstance(digest, str) or not is_sha256(digest):
+            return None
+        return digest
+
+    def remember(self, reference: Reference, manifest_digest: str) -> None:
+        """Notes that *reference*'s tag names *manifest_digest*."""
+        path = self._record_path(reference)
+        if path is not None:
+            record = {"version": _RECORD_VERSION, "name": reference.key, "manifest": manifest_digest}
+            _write(path, json.dumps(record).encode() + b"\n")
+
+    def _content_path(self, digest: str) -> Path | None:
+        if self._root is None or not is_sha256(digest):
+            return None
+        return self._root / "content" / "sha256" / digest.partition(":")[2]
+
+    def _record_path(self, reference: Reference) -> Path | None:
+        if self._root is None:
+            return None
+        return self._root / "images" / f"{hashlib.sha256(reference.key.encode()).hexdigest()}.json"
+
+
+def _read(path: Path, limit: int) -> bytes | None:
+    try:
+        with path.open("rb") as f:
+            if os.fstat(f.fileno()).st_size > limit:
+                return None
+            return f.read()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        _log.warning("%s cannot be read: %s", path, e.strerror)
+        return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as f:
+                _write_synced(f, data)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as e:
+        _log.warning("%s cannot be kept: %s", path, e.strerror)
+
+
+def _write_synced(f: BinaryIO, data: bytes) -> None:
+    f.write(data)
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

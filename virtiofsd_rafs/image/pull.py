@@ -1,0 +1,112 @@
+"""Manifests and bootstrap layers from a registry into the content store."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import TYPE_CHECKING
+
+from virtiofsd_rafs.backends.client import Download, RegistryClient
+from virtiofsd_rafs.backends.credentials import load_docker_config
+from virtiofsd_rafs.backends.http import HttpClient
+from virtiofsd_rafs.backends.retry import with_retries
+from virtiofsd_rafs.image.resolve import store_layer, stored_layer
+from virtiofsd_rafs.registry.manifest import MAX_MANIFEST_LEN, digest_of, verify_digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from virtiofsd_rafs.image.content import ContentStore
+    from virtiofsd_rafs.image.layer import LayerFiles
+    from virtiofsd_rafs.registry.manifest import Descriptor
+    from virtiofsd_rafs.registry.reference import Reference
+
+_log = logging.getLogger(__name__)
+
+
+class RemoteContent:
+    """Content from the store, and from the registry what is not there.
+
+    A context manager: it holds connections.
+    """
+
+    def __init__(
+        self,
+        store: ContentStore,
+        reference: Reference,
+        *,
+        plain_http: bool,
+        ca_file: Path | None,
+        deadline_s: float,
+    ) -> None:
+        self._store = store
+        self._reference = reference
+        self._deadline_s = deadline_s
+        self._fresh: tuple[str, bytes] | None = None
+        self._http = HttpClient(ca_file=ca_file)
+        self._client = RegistryClient(
+            self._http, reference, plain_http=plain_http, config=load_docker_config()
+        )
+
+    async def __aenter__(self) -> RemoteContent:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.close()
+
+    async def digest_of_tag(self) -> str:
+        """The digest of what the reference's tag names now; the manifest itself is kept for ``manifest``."""
+        tag = self._reference.tag
+        assert tag is not None
+        data, _ = await with_retries(
+            lambda: self._client.manifest(tag), deadline_s=self._deadline_s, what=str(self._reference)
+        )
+        digest = digest_of(data)
+        self._fresh = (digest, data)
+        self._store.put(digest, data)
+        return digest
+
+    async def manifest(self, digest: str) -> bytes:
+        """See resolve.Content."""
+        if self._fresh is not None and self._fresh[0] == digest:
+            return self._fresh[1]
+        known = self._store.get(digest, limit=MAX_MANIFEST_LEN)
+        if known is not None:
+            return known
+
+        async def fetch() -> bytes:
+            data, _ = await self._client.manifest(digest)
+            verify_digest(data, digest, f"manifest of {self._client.name}")
+            return data
+
+        data = await with_retries(fetch, deadline_s=self._deadline_s, what=f"manifest {digest}")
+        self._store.put(digest, data)
+        return data
+
+    async def layer(self, descriptor: Descriptor) -> LayerFiles:
+        """See resolve.Content."""
+        known = stored_layer(self._store, descriptor)
+        if known is not None:
+            return known
+        sink = _Memory()
+        download = Download(descriptor, sink)
+        await with_retries(
+            lambda: self._client.download(download),
+            deadline_s=self._deadline_s,
+            what=f"bootstrap layer {descriptor.digest}",
+        )
+        import asyncio
+
+        # Inflating and syncing a large one takes long enough to starve whatever else runs in the loop.
+        return await asyncio.to_thread(store_layer, self._store, descriptor, sink.getvalue())
+
+
+class _Memory(io.BytesIO):
+    """A sink for layers: they end up in memory anyway, and grow no further than their descriptor's size."""
+
+    def restart(self) -> None:
+        self.seek(0)
+        self.truncate()

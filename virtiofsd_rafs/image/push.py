@@ -1,0 +1,230 @@
+"""A built image into a registry: blobs, bootstrap layer, config, manifest, tag.
+
+The output of ``build`` is a directory with ``image.boot`` and one file per blob, named by its sha256. What is
+pushed is what Nydus' own tools write: blob layers, then the bootstrap layer as the last one, marked by
+annotations. The same input gives the same manifest digest.
+
+Source: OCI distribution-spec 1.1 (pushing blobs and manifests); RAFS: OCI packaging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import zlib
+from typing import TYPE_CHECKING
+
+import attrs
+
+from virtiofsd_rafs.errors import ConfigError, DigestMismatch
+from virtiofsd_rafs.image.layer import pack_layer
+from virtiofsd_rafs.registry.manifest import (
+    ANNOTATION_BLOB,
+    ANNOTATION_BLOB_IDS,
+    ANNOTATION_BOOTSTRAP,
+    ANNOTATION_FS_VERSION,
+    ANNOTATION_UNCOMPRESSED,
+    MAX_BOOTSTRAP_LEN,
+    NYDUS_ARTIFACT,
+    NYDUS_BLOB,
+    OCI_CONFIG,
+    OCI_LAYER_GZIP,
+    OCI_MANIFEST,
+    digest_of,
+    host_architecture,
+)
+from virtiofsd_rafs.registry.reference import DEFAULT_TAG, parse_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+BOOTSTRAP_FILE = "image.boot"
+_BLOB_FILE = re.compile(r"[0-9a-f]{64}")
+_META_FILE = re.compile(r"([0-9a-f]{64})\.blob\.meta")
+_PIECE = 1 << 20
+# The superblock's magic number at byte 1024 tells v6 (EROFS) from v5.
+_EROFS_MAGIC = b"\xe2\xe1\xf5\xe0"
+
+
+@attrs.frozen
+class Upload:
+    """Content to push: *data*, or the file *path* when that is not None."""
+
+    digest: str
+    size: int
+    data: bytes = attrs.field(default=b"", repr=False)
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, data: bytes) -> Upload:
+        """An upload of *data*."""
+        return cls(digest_of(data), len(data), data)
+
+
+@attrs.frozen
+class ImageParts:
+    """All parts of an image, in the order in which they have to reach the registry; the manifest is last."""
+
+    uploads: tuple[Upload, ...]
+    manifest: bytes = attrs.field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """The digest that pins this image."""
+        return digest_of(self.manifest)
+
+
+async def push_image(
+    out: Path,
+    reference: str,
+    *,
+    plain_http: bool = False,
+    ca_file: Path | None = None,
+    deadline: float = 90.0,
+    progress: Callable[[str], None] | None = None,
+) -> str:
+    """Pushes the build in *out* as *reference* and returns the manifest's digest.
+
+    Args:
+        out: output directory of a build.
+        reference: ``host/repository[:tag]``.
+        plain_http: no TLS.
+        ca_file: PEM certificates to trust beside the system's.
+        deadline: seconds to try one blob again in while the registry is away.
+        progress: told one line per step.
+
+    Raises ConfigError for a directory that is no build, NotFound for a blob that is missing in it,
+    DigestMismatch for one that is not what its name promises, BackendError when the registry does not take
+    it.
+    """
+    from virtiofsd_rafs.image.upload import Pusher
+
+    target = parse_reference(reference)
+    if target.digest is not None:
+        raise ConfigError("a push cannot choose its digest", remedy="write host/repository:tag")
+    parts = assemble(out)
+    say = progress or _log.info
+    async with Pusher(target, plain_http=plain_http, ca_file=ca_file, deadline_s=deadline) as pusher:
+        for upload in parts.uploads:
+            known = await pusher.push_blob(upload)
+            say(f"{upload.digest} {upload.size} bytes: {'already there' if known else 'pushed'}")
+        await pusher.push_manifest(target.tag or DEFAULT_TAG, parts.manifest)
+    return parts.digest
+
+
+def assemble(out: Path) -> ImageParts:
+    """The parts of the image that the build in *out* makes. Every blob is hashed; nothing is sent."""
+    try:
+        bootstrap = (out / BOOTSTRAP_FILE).read_bytes()
+    except OSError as e:
+        raise ConfigError(
+            f"{out} is no build output: {BOOTSTRAP_FILE}: {e.strerror}",
+            remedy="make it with `build DIR -o OUT`",
+        ) from e
+    if not 0 < len(bootstrap) <= MAX_BOOTSTRAP_LEN:
+        raise ConfigError(f"{out / BOOTSTRAP_FILE} has {len(bootstrap)} bytes")
+    names = sorted(p.name for p in out.iterdir() if p.is_file())
+    blob_ids = _blob_ids(bootstrap, [n for n in names if _BLOB_FILE.fullmatch(n)])
+    blobs = [_blob_upload(out / blob_id) for blob_id in blob_ids]
+    metas = {
+        match[1]: (out / n).read_bytes()
+        for n in names
+        if (match := _META_FILE.fullmatch(n)) is not None and match[1] in blob_ids
+    }
+    tar = pack_layer(bootstrap, metas)
+    packed = _gzip(tar)
+    config = _config(blobs, tar)
+    manifest = _manifest(Upload.of(config), blobs, Upload.of(packed), tar, _fs_version(bootstrap))
+    return ImageParts((*blobs, Upload.of(packed), Upload.of(config)), manifest)
+
+
+def _blob_ids(bootstrap: bytes, in_directory: Sequence[str]) -> list[str]:
+    """The blobs of the image: those in the directory whose id stands in the bootstrap, in the bootstrap's
+    order.
+
+    The blob table holds ids as plain ASCII, so a search finds each; reading the table properly is the
+    reader's work, and an id that stands there by chance does not happen with 256 bits.
+    """
+    found = {blob_id: bootstrap.find(blob_id.encode()) for blob_id in in_directory}
+    return sorted((b for b, at in found.items() if at >= 0), key=lambda b: found[b])
+
+
+def _blob_upload(path: Path) -> Upload:
+    sha256, size = hashlib.sha256(), 0
+    with path.open("rb") as f:
+        while piece := f.read(_PIECE):
+            sha256.update(piece)
+            size += len(piece)
+    if sha256.hexdigest() != path.name:
+        raise DigestMismatch(f"{path} has the digest {sha256.hexdigest()}", remedy="build the image again")
+    return Upload(f"sha256:{path.name}", size, path=path)
+
+
+def _gzip(data: bytes) -> bytes:
+    """*data* as one gzip member without time and name, so that the same bytes come out each time."""
+    deflater = zlib.compressobj(6, zlib.DEFLATED, -15)
+    body = deflater.compress(data) + deflater.flush()
+    trailer = zlib.crc32(data).to_bytes(4, "little") + (len(data) & 0xFFFFFFFF).to_bytes(4, "little")
+    return b"\x1f\x8b\x08" + bytes(5) + b"\x00\xff" + body + trailer
+
+
+def _fs_version(bootstrap: bytes) -> str:
+    return "6" if bootstrap[1024:1028] == _EROFS_MAGIC else "5"
+
+
+def _config(blobs: Sequence[Upload], tar: bytes) -> bytes:
+    """An image config; containerd wants one diff id per layer.
+
+    A blob layer's is its own digest, as nydusify writes it.
+    """
+    return _json(
+        {
+            "architecture": host_architecture(),
+            "os": "linux",
+            "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [*(b.digest for b in blobs), digest_of(tar)]},
+        }
+    )
+
+
+def _manifest(config: Upload, blobs: Sequence[Upload], layer: Upload, tar: bytes, fs_version: str) -> bytes:
+    layers = [_descriptor(NYDUS_BLOB, b, {ANNOTATION_BLOB: "true"}) for b in blobs]
+    layers.append(
+        _descriptor(
+            OCI_LAYER_GZIP,
+            layer,
+            {
+                ANNOTATION_BOOTSTRAP: "true",
+                ANNOTATION_FS_VERSION: fs_version,
+                ANNOTATION_BLOB_IDS: json.dumps(
+                    [b.digest.partition(":")[2] for b in blobs], separators=(",", ":")
+                ),
+                ANNOTATION_UNCOMPRESSED: digest_of(tar),
+            },
+        )
+    )
+    return _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "artifactType": NYDUS_ARTIFACT,
+            "config": _descriptor(OCI_CONFIG, config, {}),
+            "layers": layers,
+        }
+    )
+
+
+def _descriptor(media_type: str, content: Upload, annotations: Mapping[str, str]) -> dict[str, object]:
+    descriptor: dict[str, object] = {"mediaType": media_type, "digest": content.digest, "size": content.size}
+    if annotations:
+        descriptor["annotations"] = dict(annotations)
+    return descriptor
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
