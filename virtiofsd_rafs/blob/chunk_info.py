@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from virtiofsd_rafs.blob import c_blob as c
 from virtiofsd_rafs.blob import codecs
-from virtiofsd_rafs.errors import BadImage, UnsupportedFeature
-from virtiofsd_rafs.rafs.c_rafs_v6 import BLOCK_SIZE, CHUNK_SIZE_MAX, BlobFeatures
+from virtiofsd_rafs.rafs.c_rafs_v6 import BLOCK_SIZE, BlobFeatures
 from virtiofsd_rafs.rafs.records import Buffer, align_up, in_range
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ _SIZE_LOW = 0xF_FFFF
 _OFFSET_40 = (1 << 40) - 1
 
 
-class ChunkInfo(NamedTuple):
-    """One chunk; offsets and sizes in bytes. ``crc32`` is None when the blob has none."""
+class CiEntry(NamedTuple):
+    """One entry of the array as stored, of whatever kind; offsets and sizes in bytes."""
 
     compressed_offset: int
     compressed_size: int
@@ -38,12 +37,12 @@ class ChunkInfo(NamedTuple):
         return self.data & 0xFFFF_FFFF if self.flags & c.CI_V2_HAS_CRC32 else None
 
 
-def parse_v1(buf: Buffer, offset: int = 0) -> ChunkInfo:
+def parse_v1(buf: Buffer, offset: int = 0) -> CiEntry:
     """The 16-byte entry at *offset*; a chunk is compressed exactly if its two sizes differ."""
     raw = c.CI_V1.parse(buf, offset)
     uncompressed_size = (raw.uncompressed >> 44 | (raw.uncompressed & 0xF00) << 12) + 1
     compressed_size = (raw.compressed >> 44 | (raw.compressed >> 40 & 0xF) << 20) + 1
-    return ChunkInfo(
+    return CiEntry(
         compressed_offset=raw.compressed & _OFFSET_40,
         compressed_size=compressed_size,
         uncompressed_offset=raw.uncompressed & 0xFFF_FFFF_F000,
@@ -52,21 +51,21 @@ def parse_v1(buf: Buffer, offset: int = 0) -> ChunkInfo:
     )
 
 
-def build_v1(info: ChunkInfo) -> bytes:
+def build_v1(entry: CiEntry) -> bytes:
     """The 16 bytes that parse_v1 reads; sizes up to 16 MiB, offsets of 40 and 44 bits."""
-    size, packed = info.uncompressed_size - 1, info.compressed_size - 1
-    assert size >> 24 == packed >> 24 == info.compressed_offset >> 40 == info.uncompressed_offset >> 44 == 0
-    assert info.uncompressed_offset % BLOCK_SIZE == 0
-    uncompressed = (size & _SIZE_LOW) << 44 | info.uncompressed_offset | (size >> 20) << 8
-    compressed = (packed & _SIZE_LOW) << 44 | (packed >> 20) << 40 | info.compressed_offset
+    size, packed = entry.uncompressed_size - 1, entry.compressed_size - 1
+    assert size >> 24 == packed >> 24 == entry.compressed_offset >> 40 == entry.uncompressed_offset >> 44 == 0
+    assert entry.uncompressed_offset % BLOCK_SIZE == 0
+    uncompressed = (size & _SIZE_LOW) << 44 | entry.uncompressed_offset | (size >> 20) << 8
+    compressed = (packed & _SIZE_LOW) << 44 | (packed >> 20) << 40 | entry.compressed_offset
     return c.CI_V1.build(c.CiV1(uncompressed, compressed))
 
 
-def parse_v2(buf: Buffer, offset: int = 0) -> ChunkInfo:
+def parse_v2(buf: Buffer, offset: int = 0) -> CiEntry:
     """The 24-byte entry at *offset*. Stored: compressed size, uncompressed size minus one."""
     raw = c.CI_V2.parse(buf, offset)
     flags = raw.uncompressed >> 56
-    return ChunkInfo(
+    return CiEntry(
         compressed_offset=raw.compressed & _OFFSET_40,
         compressed_size=raw.compressed >> 40,
         uncompressed_offset=(raw.uncompressed & 0xFFFF_FFFF) << 12,
@@ -77,13 +76,15 @@ def parse_v2(buf: Buffer, offset: int = 0) -> ChunkInfo:
     )
 
 
-def build_v2(info: ChunkInfo) -> bytes:
+def build_v2(entry: CiEntry) -> bytes:
     """The 24 bytes that parse_v2 reads; the values must fit."""
-    size = info.uncompressed_size - 1
-    assert size >> 24 == info.compressed_size >> 24 == info.compressed_offset >> 40 == 0
-    flags = info.flags & ~c.CI_V2_COMPRESSED | (c.CI_V2_COMPRESSED if info.compressed else 0)
-    uncompressed = flags << 56 | size << 32 | info.uncompressed_offset >> 12
-    return c.CI_V2.build(c.CiV2(uncompressed, info.compressed_size << 40 | info.compressed_offset, info.data))
+    size = entry.uncompressed_size - 1
+    assert size >> 24 == entry.compressed_size >> 24 == entry.compressed_offset >> 40 == 0
+    flags = entry.flags & ~c.CI_V2_COMPRESSED | (c.CI_V2_COMPRESSED if entry.compressed else 0)
+    uncompressed = flags << 56 | size << 32 | entry.uncompressed_offset >> 12
+    return c.CI_V2.build(
+        c.CiV2(uncompressed, entry.compressed_size << 40 | entry.compressed_offset, entry.data)
+    )
 
 
 def parse_header(buf: Buffer, offset: int = 0) -> c.CiHeader:
@@ -103,54 +104,50 @@ def build_header(header: c.CiHeader) -> bytes:
     return c.CI_HEADER.build(header).ljust(c.CI_MAGIC2_OFFSET, b"\0") + c.CI_MAGIC.to_bytes(4, "little")
 
 
-def parse_array(raw: Buffer, count: int, *, v2: bool) -> list[ChunkInfo]:
+def parse_array(raw: Buffer, count: int, *, v2: bool) -> list[CiEntry]:
     """The first *count* entries of the uncompressed array *raw*. Raises BadImage when it is too short."""
     size, parse = (c.CI_V2.size, parse_v2) if v2 else (c.CI_V1.size, parse_v1)
     in_range(raw, "ci array", 0, count * size)
     return [parse(raw, index * size) for index in range(count)]
 
 
-def parse_ci(blob: BlobEntry, section: Buffer) -> list[ChunkInfo]:
-    """The chunks of *blob* from *section*: the bytes of the blob from ci_offset on, array and header.
+def unpack_section(blob: BlobEntry, section: Buffer) -> bytes:
+    """The uncompressed array of *blob* from the bytes of the blob from ci_offset on, array and header.
 
-    *section* holds ci_compressed_size + 4096 bytes. Raises BadImage, DigestMismatch or UnsupportedFeature.
+    *section* holds ci_compressed_size + 4096 bytes. The header must agree with the blob table.
+    Raises BadImage or DigestMismatch.
     """
-    return _checked(blob, _unpack_section(blob, section))
-
-
-def _unpack_section(blob: BlobEntry, section: Buffer) -> bytes:
-    """The uncompressed array of a section whose header says what the bootstrap says."""
     size = blob.record.ci_compressed_size
     _check_header(blob, parse_header(section, size), size)
     return codecs.decompress(bytes(section[:size]), blob.ci_compressor, blob.record.ci_uncompressed_size)
 
 
-def parse_blob_meta(blob: BlobEntry, meta: Buffer) -> list[ChunkInfo]:
-    """The chunks of *blob* from a blob.meta file: the plain array, padded to 4 KiB, and the header.
+def unpack_blob_meta(blob: BlobEntry, meta: Buffer) -> bytes:
+    """The array of *blob* from a blob.meta file: the plain array, padded to 4 KiB, and the header.
 
-    Raises BadImage or UnsupportedFeature.
+    Raises BadImage.
     """
     size = blob.record.ci_uncompressed_size
     at = align_up(size, c.CI_ALIGNMENT)
-    if len(meta) != at + c.CI_HEADER_SIZE:
-        raise BadImage("blob.meta", f"{len(meta)} bytes instead of {at + c.CI_HEADER_SIZE}")
     _check_header(blob, parse_header(meta, at), at)
-    return _checked(blob, meta[:size])
+    return bytes(meta[:size])
 
 
 def section_to_blob_meta(blob: BlobEntry, section: Buffer) -> bytes:
-    """The blob.meta file of the same content as *section*, which parse_ci describes.
+    """The blob.meta file with the content of *section*, which unpack_section describes.
 
-    Raises BadImage, DigestMismatch or UnsupportedFeature, as parse_ci does.
+    Raises BadImage or DigestMismatch.
     """
-    array = _unpack_section(blob, section)
-    _checked(blob, array)
-    size = blob.record.ci_compressed_size
-    header = bytes(section[size : size + c.CI_HEADER_SIZE])
+    array = unpack_section(blob, section)
+    header = bytes(section[blob.record.ci_compressed_size :][: c.CI_HEADER_SIZE])
     return array.ljust(align_up(len(array), c.CI_ALIGNMENT), b"\0") + header
 
 
 def _check_header(blob: BlobEntry, header: c.CiHeader, at: int) -> None:
+    bad = c.CI_HEADER.bad
+    # Only what decides how the array is read: builders before 2.2 did not repeat the other bits here.
+    if (header.features ^ blob.record.features) & BlobFeatures.CHUNK_INFO_V2:
+        raise bad("features", f"{header.features:#x} differs from the blob table", at)
     promised = {
         "ci_compressor": blob.record.ci_compressor,
         "ci_offset": blob.record.ci_offset,
@@ -161,28 +158,4 @@ def _check_header(blob: BlobEntry, header: c.CiHeader, at: int) -> None:
         promised["ci_entries"] = blob.chunk_count
     for field, value in promised.items():
         if getattr(header, field) != value:
-            raise c.CI_HEADER.bad(
-                field, f"{getattr(header, field)} instead of {value} (blob {blob.blob_id})", at
-            )
-
-
-def _checked(blob: BlobEntry, raw: Buffer) -> list[ChunkInfo]:
-    """The entries of *raw*, each inside the blob's two address spaces, in order, none on top of another."""
-    chunks = parse_array(raw, blob.chunk_count, v2=bool(blob.record.features & BlobFeatures.CHUNK_INFO_V2))
-    free = 0
-    for index, chunk in enumerate(chunks):
-        where = f"ci entry {index} (blob {blob.blob_id})"
-        if unserved := chunk.flags & (c.CI_V2_ZRAN | c.CI_V2_BATCH | c.CI_V2_ENCRYPTED):
-            raise UnsupportedFeature(f"{where} uses zran, batch or encryption ({unserved:#x})")
-        if chunk.uncompressed_size > min(blob.record.chunk_size, CHUNK_SIZE_MAX):
-            raise BadImage(where, f"{chunk.uncompressed_size} bytes, chunks have {blob.record.chunk_size}")
-        if chunk.uncompressed_offset < free:
-            raise BadImage(where, f"overlaps the chunk before it at {chunk.uncompressed_offset}")
-        free = align_up(chunk.uncompressed_offset + chunk.uncompressed_size, BLOCK_SIZE)
-        if chunk.uncompressed_offset + chunk.uncompressed_size > blob.uncompressed_size:
-            raise BadImage(where, f"ends beyond the {blob.uncompressed_size} uncompressed bytes")
-        if chunk.compressed_size == 0 or chunk.compressed_offset + chunk.compressed_size > blob.data_size:
-            raise BadImage(where, f"is not inside the {blob.data_size} bytes of data")
-        if not chunk.compressed and chunk.compressed_size != chunk.uncompressed_size:
-            raise BadImage(where, "is not compressed, yet its sizes differ")
-    return chunks
+            raise bad(field, f"{getattr(header, field)}, but {value} in the blob table", at)

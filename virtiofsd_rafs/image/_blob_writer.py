@@ -10,7 +10,7 @@ import hashlib
 from typing import IO
 
 from virtiofsd_rafs.blob import c_blob, codecs, toc
-from virtiofsd_rafs.blob.chunk_info import ChunkInfo, build_header, build_v1
+from virtiofsd_rafs.blob.chunk_info import CiEntry, build_header, build_v1
 from virtiofsd_rafs.blob.digest import digest_of
 from virtiofsd_rafs.rafs import c_rafs_v6 as c
 from virtiofsd_rafs.rafs.records import align_up
@@ -43,7 +43,7 @@ class BlobWriter:
         self._offset = 0
         self._index_of: dict[bytes, int] = {}
         self._digests = bytearray()
-        self.chunks: list[ChunkInfo] = []
+        self.chunks: list[CiEntry] = []
         self.file_offsets: list[int] = []
         self.n_duplicates = 0
         self.uncompressed_size = 0
@@ -60,7 +60,8 @@ class BlobWriter:
             return known
         index = len(self.chunks)
         stored = self._compress(data)
-        if index >= c.CHUNKS_MAX:
+        # One less than a reader takes: nydus-image leaves the last index unused.
+        if index >= c.CHUNKS_MAX - 1:
             raise BlobFull(f"the blob has {index} chunks, which is the most that an image can address")
         end = self.uncompressed_size + align_up(len(data), c.BLOCK_SIZE)
         if (
@@ -69,7 +70,7 @@ class BlobWriter:
         ):
             raise BlobFull("the blob would become larger than 1 TiB")
         self.chunks.append(
-            ChunkInfo(
+            CiEntry(
                 self._offset,
                 len(stored),
                 self.uncompressed_size,

@@ -39,9 +39,10 @@ FEATURE_INCOMPAT_DEVICE_TABLE = 0x8
 FEATURE_INCOMPAT = FEATURE_INCOMPAT_CHUNKED_FILE | FEATURE_INCOMPAT_DEVICE_TABLE
 
 NAME_MAX = 255
+SYMLINK_MAX = 4096
 CHUNK_SIZE_MIN = 4096
 CHUNK_SIZE_MAX = 16 << 20
-CHUNKS_MAX = 0xFF_FFFF  # a chunk index has 24 bits; the all-ones value stays unused, as nydus-image does
+CHUNKS_MAX = 1 << 24  # a chunk index has 24 bits
 BLOBS_MAX = 255  # the device id of a chunk index has 8 bits and counts from 1
 BOOTSTRAP_MAX = 2 << 30
 # Widths of the v1 chunk information: a 32-bit count of 4 KiB pages and 40 bits of bytes.

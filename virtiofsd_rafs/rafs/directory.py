@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # EROFS file types are the FT_* numbers of ext2; index -> DT_* of dirent.h.
 _D_TYPES = (0, 8, 4, 2, 6, 1, 12, 10)
-# Slots per block that a cookie reserves; a block holds at most 4096 / 13 names.
-_COOKIE_SLOTS = 512
+# Places per block in a cookie; a block holds at most 4096 // 13 entries.
+_COOKIE_SLOTS = 1024
 
 
 class Dirent(NamedTuple):
@@ -36,7 +36,7 @@ class _Block:
         self.start, self.length = data_block(inode, number)
         self.where = f"directory (nid {inode.nid}, block {number})"
         first = self._record(0).nameoff
-        if first % c.DIRENT.size or first == 0 or first >= self.length:
+        if first % c.DIRENT.size or first < c.DIRENT.size or first >= self.length:
             raise self._bad(f"the first name offset {first} is impossible")
         self.count = first // c.DIRENT.size
 
@@ -70,16 +70,19 @@ class _Block:
 def entries(buf: Buffer, inode: Inode, cookie: int = 0) -> Iterator[Dirent]:
     """The entries of directory *inode* from *cookie* on, "." and ".." among them; 0 is the start.
 
-    Raises BadImage where the structure breaks.
+    Raises BadImage where the structure breaks, also for a name that is not above the one before it.
     """
     first, index = divmod(cookie, _COOKIE_SLOTS)
+    previous = b""
     for number in range(first, inode.n_blocks):
         block = _Block(buf, inode, number)
         while index < block.count:
             name, nid, d_type = block.entry(index)
+            if name <= previous:
+                raise BadImage(block.where, f"{name!r} is not above {previous!r}", offset=block.start)
+            previous = name
             index += 1
-            following = (number, index) if index < block.count else (number + 1, 0)
-            yield Dirent(name, nid, d_type, following[0] * _COOKIE_SLOTS + following[1])
+            yield Dirent(name, nid, d_type, number * _COOKIE_SLOTS + index)
         index = 0
 
 

@@ -20,16 +20,16 @@ _TYPES = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, 
 
 @attrs.frozen
 class Inode:
-    """One inode. ``offset`` is where it starts in the bootstrap, ``body_offset`` where its inline xattrs end.
+    """One inode, checked: what it names lies inside the image. ``offset`` is where it starts in the
+    bootstrap, ``body_offset`` where its inline xattrs end.
 
     ``mtime`` is in seconds and may be negative; an inode that has none (every compact one) shows the
     superblock's build_time. ``rdev`` is in Linux's 32-bit encoding, 0 for anything but devices. ``union`` is
-    the raw i_u: a block address
-    (flat layouts), the device number, or the chunk format.
+    the raw i_u: a block address (flat layouts), the device number, or the chunk format.
     """
 
     nid: int
-    ino: int
+    disk_ino: int
     mode: int
     uid: int
     gid: int
@@ -43,6 +43,13 @@ class Inode:
     union: int
     offset: int
     xattr_size: int
+
+    @property
+    def ino(self) -> int:
+        """Number for stat: the nid, as in the kernel and in nydusd; hard links share it, and disk_ino may be
+        0.
+        """
+        return self.nid
 
     @property
     def xattr_offset(self) -> int:
@@ -100,13 +107,9 @@ def parse_inode(buf: Buffer, sb: SuperBlock, nid: int) -> Inode:
         raise bad("i_format", f"{raw.i_format:#x} (nid {nid}): the layout is unknown", offset)
     if stat.S_IFMT(raw.i_mode) not in _TYPES:
         raise bad("i_mode", f"{raw.i_mode:#o} (nid {nid}): the file type is unknown", offset)
-    if raw.i_size >> 63:
-        raise bad("i_size", f"{raw.i_size} (nid {nid}) is not a file size", offset)
-    if raw.i_nlink == 0:
-        raise bad("i_nlink", f"0 (nid {nid})", offset)
     inode = Inode(
         nid=nid,
-        ino=raw.i_ino,
+        disk_ino=raw.i_ino,
         mode=raw.i_mode,
         uid=raw.i_uid,
         gid=raw.i_gid,
@@ -128,27 +131,30 @@ def parse_inode(buf: Buffer, sb: SuperBlock, nid: int) -> Inode:
 
 
 def _check_body(buf: Buffer, sb: SuperBlock, inode: Inode) -> None:
-    """Data in the bootstrap must not reach beyond it; inline data not cross a block (the kernel's rule)."""
-    where = f"inode.data (nid {inode.nid})"
-    if inode.layout == c.LAYOUT_CHUNK_BASED:
-        if not inode.is_reg:
-            raise BadImage(where, "only regular files are stored as chunks", offset=inode.offset)
-        n_chunks = -(-inode.size // sb.chunk_size)
-        if chunk_index_offset(inode) + n_chunks * c.CHUNK_INDEX.size > len(buf):
-            raise BadImage(where, f"{n_chunks} chunk indexes reach beyond the bootstrap", offset=inode.offset)
-        return
+    """Chunk indexes and data that lie in the bootstrap must not reach beyond it."""
+    where = f"inode.i_size (nid {inode.nid})"
     if not (inode.is_reg or inode.is_dir or inode.is_symlink):
         return
-    n_plain = inode.n_blocks
-    if inode.layout == c.LAYOUT_FLAT_INLINE and n_plain:
-        n_plain -= 1
-        tail = inode.size - (n_plain << c.BLOCK_BITS)
-        if inode.body_offset % c.BLOCK_SIZE + tail > c.BLOCK_SIZE or inode.body_offset + tail > len(buf):
-            raise BadImage(where, f"{tail} inline bytes cross a block or the end", offset=inode.offset)
-    if n_plain and (inode.union + n_plain) << c.BLOCK_BITS > len(buf):
-        raise BadImage(
-            where, f"{n_plain} blocks from {inode.union} on reach beyond the bootstrap", offset=inode.offset
-        )
+    if inode.layout == c.LAYOUT_CHUNK_BASED:
+        if not inode.is_reg:
+            raise BadImage(where, "only regular files have chunks", offset=inode.offset)
+        end = chunk_index_offset(inode) + -(-inode.size // sb.chunk_size) * c.CHUNK_INDEX.size
+    elif inode.layout == c.LAYOUT_FLAT_PLAIN:
+        end = (inode.union << c.BLOCK_BITS) + inode.size
+    else:
+        tail = inline_start(inode)
+        end = inode.body_offset + inode.size - tail
+        if tail:
+            end = max(end, (inode.union << c.BLOCK_BITS) + tail)
+    if inode.is_symlink and not 0 < inode.size <= c.SYMLINK_MAX:
+        raise BadImage(where, f"{inode.size} is not the length of a link", offset=inode.offset)
+    if end > len(buf):
+        raise BadImage(where, "the content reaches beyond the bootstrap", offset=inode.offset)
+
+
+def inline_start(inode: Inode) -> int:
+    """Position in the file from which on the data of a flat inline inode stands behind the inode."""
+    return max(inode.n_blocks - 1, 0) << c.BLOCK_BITS
 
 
 def chunk_index_offset(inode: Inode) -> int:

@@ -5,6 +5,7 @@ Every value that later code adds or multiplies is checked here against the lengt
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import attrs
@@ -15,13 +16,12 @@ from virtiofsd_rafs.rafs import c_rafs_v6 as c
 if TYPE_CHECKING:
     from virtiofsd_rafs.rafs.records import Buffer
 
-_HEX = frozenset(b"0123456789abcdef")
+_BLOB_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\0*")  # safe as a file name
 _TAR_HEADER_SIZE = 512
 
 # What a blob may ask of its reader and this version does not do.
 _UNSERVED = (
     c.BlobFeatures.ZRAN
-    | c.BlobFeatures.SEPARATE
     | c.BlobFeatures.TARFS
     | c.BlobFeatures.BATCH
     | c.BlobFeatures.ENCRYPTED
@@ -124,11 +124,21 @@ class BlobEntry:
         Blobs of nydus-image before 2.2 give it as compressed_size; later ones count the whole file there.
         """
         r = self.record
-        if not r.features & c.BlobFeatures.CAP_TAR_TOC:
+        if r.features & c.BlobFeatures.SEPARATE or not r.features & c.BlobFeatures.CAP_TAR_TOC:
             return r.compressed_size
-        if r.features & c.BlobFeatures.HAS_TAR_HEADER:
-            return r.ci_offset - _TAR_HEADER_SIZE
-        return r.ci_offset
+        end = r.ci_offset if self.has_chunk_info else r.compressed_size
+        return max(end - _TAR_HEADER_SIZE, 0) if r.features & c.BlobFeatures.HAS_TAR_HEADER else end
+
+    @property
+    def has_chunk_info(self) -> bool:
+        return self.record.ci_compressed_size > 0 and self.record.ci_uncompressed_size > 0
+
+    @property
+    def toc_digest(self) -> bytes | None:
+        """The digest that authenticates the table of contents, when the image has one."""
+        r = self.record
+        known = r.features & c.BlobFeatures.HAS_TOC and r.blob_toc_size and any(r.blob_toc_digest)
+        return r.blob_toc_digest if known else None
 
 
 def parse_superblock(buf: Buffer) -> SuperBlock:
@@ -156,8 +166,10 @@ def parse_superblock(buf: Buffer) -> SuperBlock:
             raise bad(field, f"{value} instead of 0", base)
     if sb.build_time_nsec >= 1_000_000_000:
         raise bad("build_time_nsec", f"{sb.build_time_nsec} is not below one second", base)
-    if sb.extra_devices > c.BLOBS_MAX:
-        raise bad("extra_devices", f"{sb.extra_devices} blobs, at most {c.BLOBS_MAX}", base)
+    if sb.inos == 0:
+        raise bad("inos", "0: an image has at least its root", base)
+    if len(buf) > c.BOOTSTRAP_MAX or len(buf) % c.BLOCK_SIZE:
+        raise BadImage("bootstrap", f"{len(buf)} bytes is no multiple of {c.BLOCK_SIZE} up to 2 GiB")
     if sb.devt_slotoff * c.DEVICE_SLOT_SIZE != c.DEVICE_TABLE_OFFSET:
         raise bad("devt_slotoff", f"{sb.devt_slotoff} instead of 11", base)
     if sb.meta_blkaddr << c.BLOCK_BITS >= len(buf):
@@ -174,7 +186,7 @@ def _check_ext(buf: Buffer, sb: c.ErofsSuperBlock, ext: c.ExtSuperBlock) -> tupl
     for flag in c.SuperFlags:
         known |= flag
     if unknown := ext.flags & ~(known | c.COMPATIBLE_FLAGS):
-        raise UnsupportedFeature(f"the superblock has unknown flags {unknown:#x}")
+        raise bad("flags", f"unknown bits {unknown:#x}", base)
     if ext.flags & c.SuperFlags.TARFS_MODE:
         raise UnsupportedFeature("the image is in tarfs mode")
     if ext.flags & c.SuperFlags.ENCRYPTION_AES_128_XTS:
@@ -186,34 +198,24 @@ def _check_ext(buf: Buffer, sb: c.ErofsSuperBlock, ext: c.ExtSuperBlock) -> tupl
     if not (c.CHUNK_SIZE_MIN <= ext.chunk_size <= c.CHUNK_SIZE_MAX) or ext.chunk_size.bit_count() != 1:
         raise bad("chunk_size", f"{ext.chunk_size} is not a power of two from 4 KiB to 16 MiB", base)
 
-    devices_end = c.DEVICE_TABLE_OFFSET + sb.extra_devices * c.DEVICE_SLOT_SIZE
-    if devices_end > len(buf):
-        raise BadImage("device table", f"ends at {devices_end}, the bootstrap at {len(buf)}")
-    tables = [("blob_table", ext.blob_table_offset, ext.blob_table_size, c.BLOCK_SIZE, c.BLOB_RECORD_SIZE)]
-    tables.append(
-        ("chunk_table", ext.chunk_table_offset, ext.chunk_table_size, c.BLOCK_SIZE, c.CHUNK_RECORD.size)
-    )
+    tables_start = max(c.DEVICE_TABLE_OFFSET + sb.extra_devices * c.DEVICE_SLOT_SIZE, c.BLOCK_SIZE)
     # Old builders left a size without an offset for images that have nothing to prefetch.
-    if ext.prefetch_table_offset:
-        tables.append(("prefetch_table", ext.prefetch_table_offset, ext.prefetch_table_size, 4, 4))
-    used: list[tuple[int, int, str]] = [(0, devices_end, "the superblocks and device slots")]
+    prefetch_table_size = ext.prefetch_table_size if ext.prefetch_table_offset else 0
+    tables = (
+        ("blob_table", ext.blob_table_offset, ext.blob_table_size, c.BLOCK_SIZE, c.BLOB_RECORD_SIZE),
+        ("chunk_table", ext.chunk_table_offset, ext.chunk_table_size, c.BLOCK_SIZE, c.CHUNK_RECORD.size),
+        ("prefetch_table", ext.prefetch_table_offset, prefetch_table_size, 1, 4),
+    )
     for name, offset, size, alignment, unit in tables:
-        if size == 0:
-            continue
         if size % unit:
             raise bad(f"{name}_size", f"{size} is not a multiple of {unit}", base)
-        if offset % alignment or offset + size > len(buf):
-            raise bad(
-                f"{name}_offset",
-                f"{offset} is not aligned to {alignment}, or ends beyond the bootstrap",
-                base,
-            )
-        for start, end, what in used:
-            if offset < end and start < offset + size:
-                raise bad(f"{name}_offset", f"{offset} overlaps {what}", base)
-        used.append((offset, offset + size, f"the {name.replace('_', ' ')}"))
-    if ext.blob_table_size != sb.extra_devices * c.BLOB_RECORD_SIZE:
-        raise bad("blob_table_size", f"{ext.blob_table_size} bytes for {sb.extra_devices} devices", base)
+        if size and (offset % alignment or offset < tables_start or offset + size > len(buf)):
+            raise bad(f"{name}_offset", f"{offset} is out of place", base)
+    n_blobs = ext.blob_table_size // c.BLOB_RECORD_SIZE
+    if n_blobs > c.BLOBS_MAX:
+        raise bad("blob_table_size", f"{ext.blob_table_size}: more than {c.BLOBS_MAX} blobs", base)
+    if n_blobs != sb.extra_devices:
+        raise c.SUPER_BLOCK.bad("extra_devices", f"{sb.extra_devices} for {n_blobs} blobs", c.SUPER_OFFSET)
     return compressors[0], digesters[0]
 
 
@@ -223,23 +225,17 @@ def parse_blobs(buf: Buffer, sb: SuperBlock) -> tuple[BlobEntry, ...]:
     Raises BadImage or UnsupportedFeature. Source: docs/formats/rafs-v6.md, "Device slots" and "Blob table".
     """
     blobs = []
-    seen: set[bytes] = set()
     for index in range(sb.erofs.extra_devices):
         base = sb.ext.blob_table_offset + index * c.BLOB_RECORD_SIZE
         record = c.BLOB_RECORD.parse(buf, base)
         slot = c.DEVICE_TABLE_OFFSET + index * c.DEVICE_SLOT_SIZE
         device = c.DEVICE_SLOT.parse(buf, slot)
-        if not _HEX.issuperset(record.blob_id):
-            raise c.BLOB_RECORD.bad("blob_id", "is not 64 lower-case hexadecimal digits", base)
+        if not _BLOB_ID.fullmatch(record.blob_id):
+            raise c.BLOB_RECORD.bad("blob_id", "is not of letters, digits, '-' and '_'", base)
         if device.blob_id != record.blob_id:
             raise c.DEVICE_SLOT.bad("blob_id", f"differs from the one in the blob table (blob {index})", slot)
-        if record.blob_id in seen:
-            raise c.BLOB_RECORD.bad("blob_id", f"{record.blob_id.decode()} is there twice", base)
-        seen.add(record.blob_id)
-        if device.blocks == 0:
-            raise c.DEVICE_SLOT.bad("blocks", "is 0", slot)
         _check_blob(record, base, index, sb)
-        blobs.append(BlobEntry(record.blob_id.decode(), record, device))
+        blobs.append(BlobEntry(record.blob_id.rstrip(b"\0").decode(), record, device))
     return tuple(blobs)
 
 
@@ -249,8 +245,8 @@ def _check_blob(r: c.BlobRecord, base: int, index: int, sb: SuperBlock) -> None:
         raise bad("blob_index", f"{r.blob_index} instead of {index}", base)
     if r.chunk_size != sb.chunk_size:
         raise bad("chunk_size", f"{r.chunk_size} instead of the image's {sb.chunk_size}", base)
-    if r.chunk_count > c.CHUNKS_MAX + 1:
-        raise bad("chunk_count", f"{r.chunk_count}, at most {c.CHUNKS_MAX + 1}", base)
+    if r.chunk_count > c.CHUNKS_MAX:
+        raise bad("chunk_count", f"{r.chunk_count}, at most {c.CHUNKS_MAX}", base)
     for field in ("compression_algo", "ci_compressor"):
         if getattr(r, field) not in c.Compressor.__members__.values():
             raise bad(field, f"{getattr(r, field)} is unknown", base)
@@ -260,7 +256,7 @@ def _check_blob(r: c.BlobRecord, base: int, index: int, sb: SuperBlock) -> None:
     for feature in c.BlobFeatures:
         known |= feature
     if unknown := r.features & c.INCOMPATIBLE_BLOB_FEATURES & ~known:
-        raise UnsupportedFeature(f"blob {index} has unknown features {unknown:#x}")
+        raise bad("features", f"unknown bits {unknown:#x}", base)
     if unserved := r.features & _UNSERVED:
         raise UnsupportedFeature(f"blob {index} uses {c.BlobFeatures(unserved)!r}")
     if r.cipher_algo:
@@ -277,16 +273,13 @@ def _check_blob(r: c.BlobRecord, base: int, index: int, sb: SuperBlock) -> None:
         )
     if r.ci_compressed_size > r.ci_uncompressed_size:
         raise bad("ci_compressed_size", f"{r.ci_compressed_size} is above the uncompressed size", base)
-    unit = 24 if r.features & c.BlobFeatures.CHUNK_INFO_V2 else 16
-    dictionary = r.features & c.BlobFeatures.IS_CHUNKDICT_GENERATED
-    if r.ci_uncompressed_size != r.chunk_count * unit and not (dictionary and unit == 16):
-        raise bad(
-            "ci_uncompressed_size",
-            f"{r.ci_uncompressed_size} for {r.chunk_count} chunks of {unit} bytes",
-            base,
-        )
+    # Each chunk takes a block of the address space at least, so that this bounds what a reader sets aside.
+    if r.chunk_count > -(-r.uncompressed_size // c.BLOCK_SIZE):
+        raise bad("chunk_count", f"{r.chunk_count} chunks in {r.uncompressed_size} bytes", base)
+    # A chunk dictionary counts the chunks it was asked for, the array all that the blob has.
+    expected = r.chunk_count * (24 if r.features & c.BlobFeatures.CHUNK_INFO_V2 else 16)
+    if not r.features & c.BlobFeatures.IS_CHUNKDICT_GENERATED and r.ci_uncompressed_size != expected:
+        raise bad("ci_uncompressed_size", f"{r.ci_uncompressed_size} instead of {expected}", base)
     tar_header = _TAR_HEADER_SIZE if r.features & c.BlobFeatures.HAS_TAR_HEADER else 0
-    if r.features & c.BlobFeatures.CAP_TAR_TOC and r.ci_offset < tar_header:
+    if r.ci_compressed_size and r.ci_uncompressed_size and r.ci_offset < tar_header:
         raise bad("ci_offset", f"{r.ci_offset} leaves no room for the tar header before it", base)
-    if r.blob_toc_size > r.compressed_size:
-        raise bad("blob_toc_size", f"{r.blob_toc_size} is above the size of the blob", base)

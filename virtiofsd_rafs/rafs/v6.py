@@ -7,6 +7,8 @@ the same whatever its size.
 
 from __future__ import annotations
 
+import struct
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
@@ -27,12 +29,17 @@ __all__ = ["BlobEntry", "ChunkRef", "Dirent", "Inode", "SuperBlock", "Tree", "Xa
 
 
 class ChunkRef(NamedTuple):
-    """``length`` bytes of a file, from byte ``chunk_offset`` of a chunk on."""
+    """``length`` bytes of a file, from byte ``chunk_offset`` of a chunk on.
+
+    ``data_offset`` is where the chunk starts in the blob's uncompressed address space, by the index; the
+    chunk map says the same in a well-formed image.
+    """
 
     blob_index: int
     chunk_index: int
     chunk_offset: int
     length: int
+    data_offset: int
 
 
 @attrs.frozen
@@ -74,8 +81,6 @@ class Tree:
     def readlink(self, inode: Inode) -> bytes:
         """The target of a symbolic link, which is neither empty nor longer than a block."""
         self._expect(inode, inode.is_symlink, "a symbolic link")
-        if not 0 < inode.size <= c.BLOCK_SIZE:
-            raise BadImage(f"symlink (nid {inode.nid})", f"{inode.size} bytes", offset=inode.offset)
         offset, length = data_block(inode, 0)
         target = bytes(self.image[offset : offset + length])
         if b"\0" in target:
@@ -93,36 +98,37 @@ class Tree:
         return None
 
     def chunks(self, inode: Inode, offset: int = 0, length: int | None = None) -> Iterator[ChunkRef]:
-        """Where bytes ``[offset, offset + length)`` of a chunk-based file are, clipped to its size."""
-        self._expect(inode, inode.layout == c.LAYOUT_CHUNK_BASED, "stored as chunks")
-        if not inode.union & c.CHUNK_FORMAT_INDEXES and inode.size:
-            raise BadImage(
-                f"inode.chunk_format (nid {inode.nid})",
-                f"{inode.union:#x}: only indexes",
-                offset=inode.offset,
-            )
+        """Where bytes ``[offset, offset + length)`` of a chunk-based file are, clipped to its size.
+
+        The stride is the superblock's chunk size: builders write other chunk bits into the inode, for the
+        kernel, when all chunks are neighbours, and one index per stride all the same.
+        """
+        self._expect(inode, inode.is_reg and inode.layout == c.LAYOUT_CHUNK_BASED, "a file in chunks")
         end = inode.size if length is None else min(offset + length, inode.size)
         chunk_size = self.superblock.chunk_size
         while offset < end:
             number, inside = divmod(offset, chunk_size)
             take = min(chunk_size - inside, end - offset)
-            blob_index, chunk_index, _ = self.chunk_index(inode, number)
-            yield ChunkRef(blob_index, chunk_index, inside, take)
+            index = self.chunk_index(inode, number)
+            yield ChunkRef(
+                blob_index=index.device_id - 1,
+                chunk_index=index.ci_high << 16 | index.ci_low,
+                chunk_offset=inside,
+                length=take,
+                data_offset=index.blkaddr << c.BLOCK_BITS,
+            )
             offset += take
 
-    def chunk_index(self, inode: Inode, number: int) -> tuple[int, int, int]:
-        """Blob index, chunk index and block address of the *number*-th chunk of a file."""
+    def chunk_index(self, inode: Inode, number: int) -> c.ChunkIndex:
+        """The index of the *number*-th chunk of a file; it names a chunk that its blob has."""
         at = chunk_index_offset(inode) + number * c.CHUNK_INDEX.size
         index = c.CHUNK_INDEX.parse(self.image, at)
-        blob_index = index.device_id - 1
-        if not 0 <= blob_index < len(self.blobs):
+        if not 0 < index.device_id <= len(self.blobs):
             raise c.CHUNK_INDEX.bad("device_id", f"{index.device_id} (nid {inode.nid}) names no blob", at)
-        chunk_index = index.ci_high << 16 | index.ci_low
-        if chunk_index >= self.blobs[blob_index].chunk_count:
-            raise c.CHUNK_INDEX.bad(
-                "ci_low", f"chunk {chunk_index} (nid {inode.nid}) is not in blob {blob_index}", at
-            )
-        return blob_index, chunk_index, index.blkaddr
+        count = self.blobs[index.device_id - 1].chunk_count
+        if (chunk_index := index.ci_high << 16 | index.ci_low) >= count:
+            raise c.CHUNK_INDEX.bad("ci_low", f"chunk {chunk_index} of {count} (nid {inode.nid})", at)
+        return index
 
     def inline_data(self, inode: Inode, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes ``[offset, offset + length)``, clipped to the size, of a file that lies in the bootstrap."""
@@ -152,12 +158,13 @@ class Tree:
             yield record
 
     def prefetch_nids(self) -> list[int]:
-        """The nids of the prefetch table; a single entry that is the root stands for everything."""
+        """The nids of the prefetch table; a single entry, the root, stands for everything."""
         ext = self.superblock.ext
         if not ext.prefetch_table_offset:
             return []
-        raw = bytes(self.image[ext.prefetch_table_offset :][: ext.prefetch_table_size])
-        return [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw) - 3, 4)]
+        raw = self.image[ext.prefetch_table_offset : ext.prefetch_table_offset + ext.prefetch_table_size]
+        nids = struct.unpack(f"<{len(raw) // 4}I", raw)
+        return list(takewhile(bool, nids))
 
     def _expect(self, inode: Inode, condition: bool, what: str) -> None:
         if not condition:

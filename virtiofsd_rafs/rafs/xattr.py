@@ -35,7 +35,7 @@ def xattrs(buf: Buffer, inode: Inode) -> Iterator[Xattr]:
     if header.h_shared_count:
         raise BadImage(where, "shared attributes, which RAFS does not have", offset=inode.xattr_offset)
     offset = inode.xattr_offset + c.XATTR_HEADER.size
-    while offset + c.XATTR_ENTRY.size <= end:
+    while offset < end:
         entry = c.XATTR_ENTRY.parse(buf, offset)
         prefix = c.XATTR_PREFIXES.get(entry.e_name_index)
         if prefix is None:
@@ -47,7 +47,7 @@ def xattrs(buf: Buffer, inode: Inode) -> Iterator[Xattr]:
             raise BadImage(where, f"an attribute ends at {value_end}, all of them at {end}", offset=offset)
         suffix = bytes(buf[name_offset:value_offset])
         # A prefix with a dot needs a suffix, the ACL names have none.
-        if bool(suffix) != prefix.endswith(b".") or b"\0" in suffix:
+        if bool(suffix) != prefix.endswith(b".") or b"\0" in suffix or len(prefix + suffix) > c.NAME_MAX:
             raise BadImage(where, f"the name {prefix + suffix!r} is impossible", offset=offset)
         yield Xattr(prefix, suffix, bytes(buf[value_offset:value_end]))
         offset = align_up(value_end, 4)
