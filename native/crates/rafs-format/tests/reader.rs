@@ -532,7 +532,7 @@ fn wrong_entries_and_inodes_are_named() {
         (|i, _, big| i[big + 128] = 3, "chunk_index.ci_index"),
         (|i, _, big| i[big + 130] = 0, "chunk_index.device_id"),
         (|i, _, big| i[big + 130] = 3, "chunk_index.device_id"),
-        (|i, _, big| i[big + 128] = 1, "chunk_index"),
+        (|i, _, big| i[big + 120] = 1, "chunk_index"),
     ];
     let image = sample();
     let tree = Tree::parse(&image).unwrap();
