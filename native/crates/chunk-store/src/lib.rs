@@ -11,6 +11,7 @@
 //! [`Store`].
 
 pub mod decode;
+mod image;
 pub mod layout;
 mod mapping;
 pub mod spec;
@@ -20,6 +21,7 @@ mod sys;
 mod tables;
 mod view;
 
+pub use image::Promise;
 pub use mapping::Mapping;
 pub use spill::SpillStats;
 pub use store::{Blob, Outcome, StateCounts, Store, TableFds};

@@ -4,7 +4,10 @@
 //! checked here, once: the blob id, sizes, sums, and that no two different chunks share bytes of the address space
 //! (the second one written would silently replace verified bytes of the first).
 
+use rafs_format::{BlobEntry, ChunkMap};
 use sha2::{Digest as _, Sha256};
+
+pub use rafs_format::{Compressor, Digester};
 
 /// Largest uncompressed chunk of the format (16 MiB).
 pub const MAX_CHUNK_SIZE: u32 = 16 << 20;
@@ -14,22 +17,6 @@ pub const MAX_COMPRESSED_SIZE: u32 = 17 << 20;
 pub const MAX_CHUNKS: usize = 1 << 24;
 /// Largest address space of a blob: EROFS block numbers are 32 bits of 4 KiB blocks.
 pub const MAX_DATA_SIZE: u64 = 1 << 44;
-
-/// How chunks are compressed. The numbers are those of the image format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compressor {
-    None = 0,
-    Lz4Block = 1,
-    Gzip = 2,
-    Zstd = 3,
-}
-
-/// How chunks are digested. The numbers are those of the image format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Digester {
-    Blake3 = 0,
-    Sha256 = 1,
-}
 
 /// The image promises this chunk.
 pub const CHUNK_VALID: u8 = 1;
@@ -124,6 +111,43 @@ impl BlobSpec {
             flags: vec![0; count],
             digest: vec![[0; 32]; count],
         })
+    }
+
+    /// The promise that an image's blob table and chunk map make. It ends with the last described chunk, whatever
+    /// the table counts: memory is set aside for what was read, not for what is claimed.
+    pub fn from_map(entry: &BlobEntry, map: &ChunkMap) -> Result<BlobSpec, SpecError> {
+        let count = map
+            .iter()
+            .next_back()
+            .map_or(0, |last| last.index as usize + 1);
+        let mut spec = BlobSpec::new(
+            entry.id(),
+            entry.uncompressed_size,
+            entry.compressor,
+            entry.digester,
+            count,
+        )?;
+        for info in map.iter() {
+            let chunk = ChunkSpec {
+                compressed_offset: info.compressed_offset,
+                compressed_size: info.compressed_size,
+                data_offset: info.uncompressed_offset,
+                size: info.uncompressed_size,
+                flags: if info.is_compressed() {
+                    CHUNK_COMPRESSED
+                } else {
+                    0
+                } | if info.digest.is_some() {
+                    CHUNK_DIGEST
+                } else {
+                    0
+                },
+                digest: info.digest.unwrap_or_default(),
+            };
+            spec.set(info.index as usize, chunk)?;
+        }
+        spec.check_overlap()?;
+        Ok(spec)
     }
 
     /// Number of chunks, whether promised or not.

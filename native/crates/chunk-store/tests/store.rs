@@ -10,7 +10,7 @@ use chunk_store::layout::{ABSENT, FETCHING, STATE_HEADER, VERIFIED, next_word, s
 use chunk_store::spec::{
     BlobSpec, CHUNK_COMPRESSED, CHUNK_DIGEST, ChunkSpec, Compressor, Digester,
 };
-use chunk_store::{BlobView, Location, Outcome, Source, Store, TableFds};
+use chunk_store::{BlobView, Location, Outcome, Promise, Source, Store, TableFds};
 
 const BOOT: [u8; 16] = [1; 16];
 const CHUNK: usize = 10_000;
@@ -520,4 +520,35 @@ fn a_chunk_without_digest_is_never_taken_from_the_disk_of_another_boot() {
     assert!(!s.verify_present(0, 0, false).unwrap());
     assert_eq!(s.states(0).unwrap().absent, 1);
     assert_eq!(VERIFIED, 3);
+}
+
+#[test]
+fn a_bootstrap_becomes_a_promise_and_its_blob_is_ingested() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../../shared/fixtures/nydus");
+    if !fixtures.exists() {
+        return; // the public test data lies beside the project, where it is there at all
+    }
+    let id = "be7d77eeb719f70884758d1aa800ed0fb09d701aaec469964e9d54325f0d5fef";
+    let image = fs::read(fixtures.join("bootstrap/rafs-v6-2.2.boot")).unwrap();
+    let bytes = fs::read(fixtures.join("blobs").join(id)).unwrap();
+    let promise = Promise::parse(&image).unwrap();
+    assert!(!promise.needs_chunk_info(0));
+    assert_eq!(promise.known(0), (2, 0));
+    let spec = promise.spec(0).unwrap();
+    assert_eq!((spec.blob_id.as_str(), spec.count()), (id, 2));
+    let s = store(None, BOOT, &spec);
+    assert_eq!(ingest(&s, 0, &bytes, &[0, 1]), [0, 0]);
+    let got = read(&s, &view(&s), 0).unwrap();
+    assert_eq!(got.len(), 16931);
+
+    // The same by the chunk-info array and the digest section of the blob.
+    let mut again = Promise::parse(&image).unwrap();
+    again
+        .set_chunk_info(0, &bytes[8314..8346], false, Some(&bytes[12954..13018]))
+        .unwrap();
+    assert_eq!(again.spec(0).unwrap().map_digest(), spec.map_digest());
+    again
+        .set_chunk_info(0, &bytes[8314..8346], false, None)
+        .unwrap();
+    assert_eq!(again.known(0), (2, 2));
 }
