@@ -1,0 +1,317 @@
+"""The chunk store: states, data and verification of one image's blobs (crate ``chunk-store``).
+
+A :class:`Store` is made from a bootstrap, then each blob is opened (or adopted from a predecessor). After that all
+methods may be called from any thread; the calls that work on bytes release the GIL.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+from virtiofsd_rafs.native._lib import ffi, lib, raise_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+# Outcomes of :meth:`Store.ingest`, one per chunk.
+OK = 0
+DIGEST_MISMATCH = 1
+DECODE_ERROR = 2
+OUT_OF_RANGE = 3
+NO_SPACE = 4
+INVALID = 5
+
+OUTCOME_NAMES = ("ok", "digest-mismatch", "decode-error", "out-of-range", "no-space", "invalid")
+
+# State words: generation << 3 | state.
+_PRESENT = 2
+_VERIFIED = 3
+_EXTENT_WORDS = 4  # u64 words of an extent: data offset, size and flags, spill, reserved
+_SPILL_WORD = 2
+_VALID = 1 << 32  # flag bit in the second word
+
+
+class BlobInfo(NamedTuple):
+    """What the image says about a blob. Sizes and offsets in bytes."""
+
+    index: int
+    blob_id: str
+    uncompressed_size: int
+    n_known: int
+    """Chunks that the image describes."""
+    n_without_digest: int
+    needs_chunk_info: bool
+    """The chunk table lacks chunks that files use: :meth:`Store.set_chunk_info` must come first."""
+    compressor: int
+    digester: int
+    ci_offset: int
+    ci_compressed_size: int
+    ci_uncompressed_size: int
+    ci_compressor: int
+    toc_size: int
+    """Bytes at the end of the blob that hold its table of contents; 0 when nothing authenticates it."""
+    toc_digest: bytes
+    n_chunks: int
+
+
+class StateCounts(NamedTuple):
+    """Chunks of a blob by state."""
+
+    absent: int
+    fetching: int
+    present: int
+    verified: int
+    spilled: int
+
+
+class StoreStats(NamedTuple):
+    """Use of the memory that stands in for the cache disk, and refusals of that disk."""
+
+    spill_capacity: int
+    spill_used: int
+    spill_chunks: int
+    spill_evicted: int
+    disk_errors: int
+    last_disk_errno: int
+
+
+class ChunkView:
+    """Places and states of a blob's chunks, read in place: nothing is copied, states are those of this moment."""
+
+    __slots__ = ("_extents", "_states", "has_data", "lengths", "offsets")
+
+    def __init__(
+        self,
+        offsets: memoryview,
+        lengths: memoryview,
+        states: memoryview,
+        extents: memoryview,
+        has_data: bool,
+    ) -> None:
+        self.offsets = offsets
+        self.lengths = lengths
+        self._states = states
+        self._extents = extents
+        self.has_data = has_data
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def promised(self, chunk: int) -> bool:
+        """Whether the image describes *chunk*."""
+        return 0 <= chunk < len(self.offsets) and bool(self._extents[chunk * _EXTENT_WORDS + 1] & _VALID)
+
+    def ready(self, chunk: int) -> bool:
+        """Whether a worker may serve *chunk* now."""
+        if self.has_data and self._states[chunk] & 7 == _VERIFIED:
+            return True
+        return bool(self._extents[chunk * _EXTENT_WORDS + _SPILL_WORD])
+
+    def unverified(self, chunk: int) -> bool:
+        """Whether bytes of *chunk* are stored that were not verified under this boot."""
+        return self.has_data and self._states[chunk] & 7 == _PRESENT
+
+    def release(self) -> None:
+        """Gives the views up; any later use raises ValueError."""
+        for view in (self.offsets, self.lengths, self._states, self._extents):
+            view.release()
+
+
+class Store:
+    """The blobs of the bootstrap *image*, cached in *cache_dir* or, without one, in at most *spill_size* bytes of
+    memory (which also stands in when the disk is full).
+
+    Raises BadImage, UnsupportedFeature, CacheError. *boot_id* (16 bytes) replaces the kernel's in tests.
+    """
+
+    def __init__(
+        self,
+        image: bytes | bytearray | memoryview,
+        *,
+        cache_dir: Path | None,
+        spill_size: int,
+        boot_id: bytes | None = None,
+    ) -> None:
+        self._handle = None
+        self._views: dict[int, ChunkView] = {}
+        self._on_disk: dict[int, bool] = {}
+        if boot_id is not None and len(boot_id) != 16:
+            raise ValueError("a boot id has 16 bytes")
+        cache = str(cache_dir).encode() if cache_dir is not None else b""
+        out = ffi.new("void **")
+        with ffi.from_buffer(image) as buf:
+            boot = ffi.from_buffer(boot_id) if boot_id is not None else ffi.NULL
+            n_blobs = raise_for(lib.vr_store_new(buf, len(buf), cache, len(cache), spill_size, boot, out))
+        self._handle = out[0]
+        self.n_blobs = n_blobs
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the store and invalidates its views. No other thread may be in a call."""
+        for view in self._views.values():
+            view.release()
+        self._views.clear()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.vr_store_free(handle)
+
+    def blob(self, index: int) -> BlobInfo:
+        """What the image says about blob *index*."""
+        info = ffi.new("uint64_t[]", lib.VR_STORE_INFO_LEN)
+        toc = ffi.new("uint8_t[]", 32)
+        name = ffi.new("uint8_t[]", 64)
+        n = raise_for(lib.vr_store_blob_info(self._handle, index, info, toc, name))
+        return BlobInfo(
+            index=index,
+            blob_id=bytes(ffi.buffer(name, n)).decode("ascii"),
+            uncompressed_size=info[1],
+            n_known=info[2],
+            n_without_digest=info[3],
+            needs_chunk_info=bool(info[4]),
+            compressor=info[5],
+            digester=info[6],
+            ci_offset=info[7],
+            ci_compressed_size=info[8],
+            ci_uncompressed_size=info[9],
+            ci_compressor=info[10],
+            toc_size=info[11],
+            toc_digest=bytes(ffi.buffer(toc)),
+            n_chunks=info[12],
+        )
+
+    def blobs(self) -> list[BlobInfo]:
+        """:meth:`blob` of each, in the order of the blob table."""
+        return [self.blob(index) for index in range(self.n_blobs)]
+
+    def set_chunk_info(
+        self, index: int, data: bytes, *, meta_file: bool = False, digests: bytes | None = None
+    ) -> None:
+        """Fills in what the chunk table lacks: from the uncompressed chunk-info array *data*, or from a ``blob.meta``
+        file. *digests* (32 bytes per chunk) only from an authenticated source.
+
+        Raises BadImage when it does not fit the blob table.
+        """
+        raise_for(
+            lib.vr_store_set_chunk_info(
+                self._handle, index, data, len(data), int(meta_file), digests or b"", len(digests or b"")
+            )
+        )
+
+    def open_blob(self, index: int) -> bool:
+        """Opens or makes the cache files of a blob; True when it has a data file, False when memory stands in."""
+        self._on_disk[index] = bool(raise_for(lib.vr_store_open_blob(self._handle, index)))
+        return self._on_disk[index]
+
+    def adopt_blob(self, index: int, state: int, extents: int, data: int | None) -> bool:
+        """Takes over the tables behind a predecessor's descriptors, which stay the caller's."""
+        fd = -1 if data is None else data
+        self._on_disk[index] = bool(
+            raise_for(lib.vr_store_adopt_blob(self._handle, index, state, extents, fd))
+        )
+        return self._on_disk[index]
+
+    def adopt_spill(self, fd: int) -> None:
+        """Takes over a predecessor's spill, after all its blobs."""
+        raise_for(lib.vr_store_adopt_spill(self._handle, fd))
+
+    def share(self, index: int) -> tuple[int, int, int | None]:
+        """Read-only descriptors (state file, extent table, data file) for a worker; the caller closes them."""
+        out = ffi.new("int32_t[]", 3)
+        raise_for(lib.vr_store_share(self._handle, index, out))
+        return out[0], out[1], out[2] if out[2] >= 0 else None
+
+    def share_spill(self) -> int:
+        """A read-only descriptor of the spill; the caller closes it."""
+        return raise_for(lib.vr_store_share_spill(self._handle))
+
+    def _array(self, index: int, which: int, fmt: str) -> memoryview:
+        out = ffi.new("void **")
+        n = raise_for(lib.vr_store_array(self._handle, index, which, out))
+        return memoryview(ffi.buffer(out[0], n)).cast("B").cast(fmt) if n else memoryview(b"").cast(fmt)
+
+    def chunks(self, index: int) -> ChunkView:
+        """Places and states of an open blob's chunks; valid until :meth:`close`."""
+        view = self._views.get(index)
+        if view is None:
+            view = self._views[index] = ChunkView(
+                self._array(index, lib.VR_STORE_COMPRESSED_OFFSET, "Q"),
+                self._array(index, lib.VR_STORE_COMPRESSED_SIZE, "I"),
+                self._array(index, lib.VR_STORE_STATE_WORDS, "I"),
+                self._array(index, lib.VR_STORE_EXTENTS, "Q"),
+                self._on_disk.get(index, False),
+            )
+        return view
+
+    def ingest(self, index: int, base: int, data: bytes, chunks: Sequence[int]) -> bytes:
+        """Decodes, verifies and publishes *chunks* out of *data*, which starts at byte *base* of the blob.
+
+        Returns one outcome per chunk. Blocking (CPU and disk): call it from an executor.
+        """
+        wanted = array("I", chunks)
+        outcomes = bytearray(len(wanted))
+        raise_for(
+            lib.vr_store_ingest(
+                self._handle,
+                index,
+                base,
+                ffi.from_buffer(data),
+                len(data),
+                ffi.from_buffer("uint32_t[]", wanted),
+                len(wanted),
+                ffi.from_buffer(outcomes),
+            )
+        )
+        return bytes(outcomes)
+
+    def verify_present(self, index: int, chunk: int, *, force: bool = False) -> bool:
+        """Reads a stored chunk back: a present one (with *force* a verified one, too) becomes verified or absent.
+
+        Returns whether it may be served. Blocking: call it from an executor.
+        """
+        return bool(raise_for(lib.vr_store_verify(self._handle, index, chunk, int(force))))
+
+    def hint_fetching(self, index: int, chunks: Iterable[int], on: bool) -> None:
+        """Shows (or stops showing) in the shared states that *chunks* are being fetched."""
+        wanted = array("I", chunks)
+        raise_for(
+            lib.vr_store_hint_fetching(
+                self._handle, index, ffi.from_buffer("uint32_t[]", wanted), len(wanted), int(on)
+            )
+        )
+
+    def states(self, index: int) -> StateCounts:
+        """Counts of the described chunks by state."""
+        out = ffi.new("uint64_t[]", lib.VR_STORE_STATES_LEN)
+        raise_for(lib.vr_store_states(self._handle, index, out))
+        return StateCounts(*out)
+
+    def map_digest(self, index: int) -> bytes:
+        """sha256 over all that the image promises about the blob."""
+        out = ffi.new("uint8_t[]", 32)
+        raise_for(lib.vr_store_map_digest(self._handle, index, out))
+        return bytes(ffi.buffer(out))
+
+    def stats(self) -> StoreStats:
+        """Use of the spill, refusals of the disk."""
+        out = ffi.new("uint64_t[]", lib.VR_STORE_STATS_LEN)
+        raise_for(lib.vr_store_stats(self._handle, out))
+        return StoreStats(*out)
+
+
+def trim() -> None:
+    """Gives the calling thread's scratch memory, and what the allocator holds free, back to the system."""
+    lib.vr_store_trim()
+
+
+assert sys.byteorder == "little", "shared tables are little endian"
