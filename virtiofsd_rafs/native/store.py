@@ -1,14 +1,14 @@
 """The chunk store: states, data and verification of one image's blobs (crate ``chunk-store``).
 
-A :class:`Store` is made from a bootstrap, then each blob is opened (or adopted from a predecessor). After that all
-methods may be called from any thread; the calls that work on bytes release the GIL.
+A :class:`Store` is made from a bootstrap, then each blob is opened (or adopted from a predecessor). After that
+all methods may be called from any thread; the calls that work on bytes release the GIL.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from virtiofsd_rafs.native._lib import ffi, lib, raise_for
 
@@ -37,7 +37,7 @@ _VALID = 1 << 32  # flag bit in the second word
 class BlobInfo(NamedTuple):
     """What the image says about a blob. Sizes and offsets in bytes."""
 
-    index: int
+    blob_index: int
     blob_id: str
     uncompressed_size: int
     n_known: int
@@ -79,7 +79,7 @@ class StoreStats(NamedTuple):
 
 
 class ChunkView:
-    """Places and states of a blob's chunks, read in place: nothing is copied, states are those of this moment."""
+    """Places and states of a blob's chunks, read in place: nothing is copied, states are of this moment."""
 
     __slots__ = ("_extents", "_states", "has_data", "lengths", "offsets")
 
@@ -121,8 +121,9 @@ class ChunkView:
 
 
 class Store:
-    """The blobs of the bootstrap *image*, cached in *cache_dir* or, without one, in at most *spill_size* bytes of
-    memory (which also stands in when the disk is full).
+    """The blobs of the bootstrap *image*, cached in *cache_dir*.
+
+    At most *spill_size* bytes of memory stand in without a directory, or when its disk is full.
 
     Raises BadImage, UnsupportedFeature, CacheError. *boot_id* (16 bytes) replaces the kernel's in tests.
     """
@@ -173,7 +174,7 @@ class Store:
         name = ffi.new("uint8_t[]", 64)
         n = raise_for(lib.vr_store_blob_info(self._handle, index, info, toc, name))
         return BlobInfo(
-            index=index,
+            blob_index=index,
             blob_id=bytes(ffi.buffer(name, n)).decode("ascii"),
             uncompressed_size=info[1],
             n_known=info[2],
@@ -197,8 +198,10 @@ class Store:
     def set_chunk_info(
         self, index: int, data: bytes, *, meta_file: bool = False, digests: bytes | None = None
     ) -> None:
-        """Fills in what the chunk table lacks: from the uncompressed chunk-info array *data*, or from a ``blob.meta``
-        file. *digests* (32 bytes per chunk) only from an authenticated source.
+        """Fills in what the chunk table lacks.
+
+        *data* is the uncompressed chunk-info array, or a ``blob.meta`` file. *digests* (32 bytes per chunk) only
+        from an authenticated source.
 
         Raises BadImage when it does not fit the blob table.
         """
@@ -209,7 +212,7 @@ class Store:
         )
 
     def open_blob(self, index: int) -> bool:
-        """Opens or makes the cache files of a blob; True when it has a data file, False when memory stands in."""
+        """Opens or makes the cache files of a blob; True with a data file, False when memory stands in."""
         self._on_disk[index] = bool(raise_for(lib.vr_store_open_blob(self._handle, index)))
         return self._on_disk[index]
 
@@ -226,7 +229,7 @@ class Store:
         raise_for(lib.vr_store_adopt_spill(self._handle, fd))
 
     def share(self, index: int) -> tuple[int, int, int | None]:
-        """Read-only descriptors (state file, extent table, data file) for a worker; the caller closes them."""
+        """Read-only descriptors (states, extents, data file) for a worker; the caller closes them."""
         out = ffi.new("int32_t[]", 3)
         raise_for(lib.vr_store_share(self._handle, index, out))
         return out[0], out[1], out[2] if out[2] >= 0 else None
@@ -235,10 +238,11 @@ class Store:
         """A read-only descriptor of the spill; the caller closes it."""
         return raise_for(lib.vr_store_share_spill(self._handle))
 
-    def _array(self, index: int, which: int, fmt: str) -> memoryview:
+    def _array(self, index: int, which: int, fmt: Literal["I", "Q"]) -> memoryview:
         out = ffi.new("void **")
         n = raise_for(lib.vr_store_array(self._handle, index, which, out))
-        return memoryview(ffi.buffer(out[0], n)).cast("B").cast(fmt) if n else memoryview(b"").cast(fmt)
+        raw: memoryview = memoryview(ffi.buffer(out[0], n)) if n else memoryview(b"")
+        return raw.cast("B").cast(fmt)
 
     def chunks(self, index: int) -> ChunkView:
         """Places and states of an open blob's chunks; valid until :meth:`close`."""
@@ -275,7 +279,7 @@ class Store:
         return bytes(outcomes)
 
     def verify_present(self, index: int, chunk: int, *, force: bool = False) -> bool:
-        """Reads a stored chunk back: a present one (with *force* a verified one, too) becomes verified or absent.
+        """Reads a stored chunk back: a present one (or, by *force*, a verified one) becomes verified or absent.
 
         Returns whether it may be served. Blocking: call it from an executor.
         """
