@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from tests.sim.registry import RegistrySimulator
 
 # Debian keeps some tools where an ordinary user's PATH does not look.
 _TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -53,3 +55,12 @@ def tool(missing: Callable[[str], None]) -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture
+def registry_sim() -> Iterator[RegistrySimulator]:
+    """A registry with faults by name (tests/sim/registry.py), http on loopback, empty, open to everybody."""
+    from tests.sim.registry import RegistrySimulator
+
+    with RegistrySimulator() as sim:
+        yield sim

@@ -49,6 +49,7 @@ MAX_RETRY_AFTER_S = 60.0
 DEFAULT_MAX_SKIP = 8 << 20
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+_PRINTABLE = "".join(chr(c) for c in range(0x21, 0x7F))
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,19})")
 
 
@@ -146,6 +147,18 @@ def origin(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80)
 
 
+def join_url(base: str, location: str) -> str:
+    """The absolute URL that *location*, a header of a reply to a request to *base*, means.
+
+    It is left as it was written, except that spaces and what is not ASCII are quoted. Raises BadReply.
+    """
+    try:
+        joined = urljoin(base, location.strip())
+    except ValueError as e:
+        raise BadReply(f"{without_query(base)} sent a malformed Location") from e
+    return quote(joined, safe=_PRINTABLE, errors="surrogateescape")
+
+
 def without_query(url: str) -> str:
     """*url* for a message: a signed URL's query is a credential, and so is userinfo."""
     try:
@@ -235,7 +248,7 @@ class Exchange:
         self._hops += 1
         if self._hops > MAX_REDIRECTS:
             raise BadReply(f"more than {MAX_REDIRECTS} redirects for {without_query(self._start_url)}")
-        target = urljoin(self._url, location)
+        target = join_url(self._url, location)
         scheme, _, _ = origin(target)
         if scheme == "http" and not self._endpoint.plain_http:
             raise BadReply(

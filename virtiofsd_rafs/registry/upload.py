@@ -6,13 +6,10 @@ pieces between them.
 
 from __future__ import annotations
 
-import re
-from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
+from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from virtiofsd_rafs.errors import BadReply
-from virtiofsd_rafs.registry.protocol import Endpoint, ReplyHead, origin, without_query
-
-_RANGE = re.compile(r"(?:bytes=)?0-(\d{1,19})")
+from virtiofsd_rafs.registry.protocol import Endpoint, ReplyHead, join_url, origin, without_query
 
 
 def upload_location(endpoint: Endpoint, base: str, head: ReplyHead) -> str:
@@ -24,7 +21,7 @@ def upload_location(endpoint: Endpoint, base: str, head: ReplyHead) -> str:
     location = head.get("location")
     if not location:
         raise BadReply(f"{without_query(base)}: the upload has no Location")
-    target = urljoin(base, location)
+    target = join_url(base, location)
     if origin(target) != origin(endpoint.base):
         raise BadReply(
             f"{without_query(base)}: the upload would go to {without_query(target)}",
@@ -38,10 +35,3 @@ def closing_url(location: str, digest: str) -> str:
     parts = urlsplit(location)
     query = "&".join(filter(None, (parts.query, urlencode({"digest": digest}))))
     return urlunsplit(parts._replace(query=query))
-
-
-def received(head: ReplyHead) -> int:
-    """How many bytes of the upload the registry has; 0 when it does not tell."""
-    match = _RANGE.fullmatch(head.get("range") or "")
-    # "0-0" is what an empty upload has, and also one of a single byte: the former is far likelier.
-    return int(match[1]) + 1 if match and match[1] != "0" else 0

@@ -1,0 +1,1 @@
+"""Simulated servers with faults by name."""
