@@ -1,4 +1,5 @@
-"""A slow network link as a TCP proxy: ``python -m guest.slowlink TARGET_PORT [--rate MBIT] [--latency MS]``.
+"""A slow network link as a TCP proxy: ``python -m guest.slowlink PORT [--host HOST] [--rate MBIT] [--latency
+MS]``.
 
 All connections share the rate, one budget for each direction, as they share a real line. Every byte arrives
 half the latency later than it could, and opening a connection costs one whole round trip. It prints the port
@@ -71,10 +72,10 @@ async def _carry(
 
 
 class SlowLink:
-    """The proxy itself, from a free loopback port to *target_port* on loopback."""
+    """The proxy itself, from a free port on loopback to *target* (host and port)."""
 
-    def __init__(self, target_port: int, bits_per_s: float, latency_s: float) -> None:
-        self._target_port = target_port
+    def __init__(self, target: tuple[str, int], bits_per_s: float, latency_s: float) -> None:
+        self._target = target
         self._latency = latency_s
         self._up = Direction(bits_per_s)
         self._down = Direction(bits_per_s)
@@ -83,7 +84,7 @@ class SlowLink:
         # The handshake of TCP and the first bytes behind it.
         await asyncio.sleep(self._latency)
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+            far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.transport.abort()
             return
@@ -108,10 +109,12 @@ class SlowLink:
 class SlowLinkProcess:
     """The proxy as a process of its own, so that it takes no time from the one that uses it."""
 
-    def __init__(self, target_port: int, *, rate_mbit: float, latency_ms: float) -> None:
+    def __init__(
+        self, target_port: int, *, host: str = "127.0.0.1", rate_mbit: float, latency_ms: float
+    ) -> None:
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "guest.slowlink", str(target_port)),
+                *(sys.executable, "-m", "guest.slowlink", str(target_port), "--host", host),
                 *("--rate", str(rate_mbit), "--latency", str(latency_ms)),
             ],
             stdin=subprocess.DEVNULL,
@@ -141,7 +144,8 @@ class SlowLinkProcess:
 
 async def _main(arguments: argparse.Namespace) -> None:
     task = asyncio.create_task(
-        SlowLink(arguments.port, arguments.rate * 1e6, arguments.latency / 1e3).serve(), name="slow link"
+        SlowLink((arguments.host, arguments.port), arguments.rate * 1e6, arguments.latency / 1e3).serve(),
+        name="slow link",
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -152,8 +156,9 @@ async def _main(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="guest.slowlink", description="A slow link to a port on loopback.")
+    parser = argparse.ArgumentParser(prog="guest.slowlink", description="A slow link to a TCP port.")
     parser.add_argument("port", type=int, help="where the link ends")
+    parser.add_argument("--host", default="127.0.0.1", help="where the link ends, default %(default)s")
     parser.add_argument("--rate", type=float, default=30, metavar="MBIT", help="Mbit/s, default %(default)s")
     parser.add_argument(
         "--latency", type=float, default=20, metavar="MS", help="round trip, default %(default)s"

@@ -1,0 +1,110 @@
+"""``virtiofsd-rafs serve`` as a child process: started, waited for, asked for its status, ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# The console script beside the interpreter that runs us: the build under test, not another one from PATH.
+PROGRAM = Path(sys.executable).with_name("virtiofsd-rafs")
+
+
+class DaemonError(Exception):
+    """The daemon did not start, ended, or does not answer. The text has the end of its log."""
+
+
+class Daemon:
+    """A running daemon. A context manager: leaving it ends the daemon.
+
+    Args:
+        image: what to serve.
+        work_dir: its sockets go here (keep the path short: a socket's is at most 107 bytes long).
+        log: file that gets its output.
+        options: further arguments of ``serve``.
+    """
+
+    def __init__(self, image: str, work_dir: Path, log: Path, options: Sequence[str] = ()) -> None:
+        self.socket = work_dir / "rafs.sock"
+        self.api_socket = work_dir / "api.sock"
+        self.log = log
+        argv = [
+            *(str(PROGRAM), "serve", image),
+            *("--socket-path", str(self.socket), "--api-socket", str(self.api_socket)),
+            *options,
+        ]
+        self.started = time.monotonic()
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _fail(self, message: str) -> DaemonError:
+        tail = "".join(f"    | {line}\n" for line in self.log.read_text(errors="replace").splitlines()[-15:])
+        return DaemonError(f"{message}; its log ends:\n{tail}")
+
+    def wait_ready(self, timeout: float = 30) -> float:
+        """Waits until the vhost-user socket is there; the time of that (``time.monotonic()``).
+
+        Raises:
+            DaemonError: it ended or took longer than *timeout* seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.socket.exists():
+            if self.process.poll() is not None:
+                raise self._fail(f"virtiofsd-rafs ended with exit code {self.process.returncode}")
+            if time.monotonic() > deadline:
+                raise self._fail(f"virtiofsd-rafs did not bind its socket within {timeout:g} s")
+            time.sleep(0.002)
+        return time.monotonic()
+
+    def status(self) -> dict[str, Any]:
+        """What ``virtiofsd-rafs status --json`` prints.
+
+        Raises:
+            DaemonError: the daemon does not answer.
+        """
+        done = subprocess.run(
+            [PROGRAM, "status", "--json", "--api-socket", self.api_socket],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise self._fail(f"virtiofsd-rafs status failed: {done.stderr.strip()}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def wait_end(self, timeout: float = 30) -> int:
+        """Waits until the daemon has ended by itself; its exit code.
+
+        Raises:
+            DaemonError: it goes on.
+        """
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise self._fail(f"virtiofsd-rafs still runs {timeout:g} s after the VM has gone") from None
+
+    def stop(self, timeout: float = 10) -> None:
+        """Ends the daemon, by SIGKILL if SIGTERM does not help within *timeout* seconds."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
