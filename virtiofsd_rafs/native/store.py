@@ -1,7 +1,7 @@
 """The chunk store: states, data and verification of one image's blobs (crate ``chunk-store``).
 
-A :class:`Store` is made from a bootstrap, then each blob is opened (or adopted from a predecessor). After that
-all methods may be called from any thread; the calls that work on bytes release the GIL.
+A :class:`Store` is made from a bootstrap, then each blob is opened (or adopted from a predecessor). After
+that all methods may be called from any thread; the calls that work on bytes release the GIL.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ class Store:
     ) -> None:
         """Fills in what the chunk table lacks.
 
-        *data* is the uncompressed chunk-info array, or a ``blob.meta`` file. *digests* (32 bytes per chunk) only
-        from an authenticated source.
+        *data* is the uncompressed chunk-info array, or a ``blob.meta`` file. *digests* (32 bytes per chunk)
+        only from an authenticated source.
 
         Raises BadImage when it does not fit the blob table.
         """
@@ -279,7 +279,7 @@ class Store:
         return bytes(outcomes)
 
     def verify_present(self, index: int, chunk: int, *, force: bool = False) -> bool:
-        """Reads a stored chunk back: a present one (or, by *force*, a verified one) becomes verified or absent.
+        """Reads a stored chunk back: a present one (by *force*, a verified one) becomes verified or absent.
 
         Returns whether it may be served. Blocking: call it from an executor.
         """
