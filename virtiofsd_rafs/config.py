@@ -1,0 +1,106 @@
+"""What a daemon can be told, checked, and the only place where defaults live.
+
+Sizes are bytes, times seconds (``_s``). A field's name is also its spelling on the command line, in the
+environment and in metrics.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from virtiofsd_rafs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Pull = Literal["missing", "always", "never"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+PULLS: tuple[Pull, ...] = ("missing", "always", "never")
+LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+# Below the guest's hung-task limit of 120 s, so that a request fails with EIO before its kernel complains.
+DEFAULT_IO_DEADLINE_S = 90.0
+MAX_IO_DEADLINE_S = 3600.0
+# nydusd's amplify_io: about what a link of 30 Mbit/s carries in a third of a second.
+DEFAULT_AMPLIFY = 1 * MIB
+MAX_AMPLIFY = 64 * MIB
+# Enough to hide the round trips of small chunks; more only makes each answer slower on a slow link.
+DEFAULT_CONNECTIONS = 8
+MAX_CONNECTIONS = 256
+# Memory that stands in without a cache disk: twice what a guest can ask for at once (32 requests of 1 MiB).
+DEFAULT_SPILL_SIZE = 64 * MIB
+MIN_SPILL_SIZE = 32 * MIB
+# Back-off between tries of a fetch: the first pause, doubling up to the cap. A source that comes back is
+# noticed within the cap, which keeps an outage of 60 s well inside the deadline.
+DEFAULT_RETRY_FIRST_S = 0.2
+DEFAULT_RETRY_CAP_S = 4.0
+
+
+def default_cache_dir() -> Path:
+    """Where blobs are cached when nobody says: the system's cache for root, else the user's."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/virtiofsd-rafs")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "virtiofsd-rafs"
+
+
+def default_api_socket(socket_path: Path) -> Path:
+    """Where the API listens when nobody says: beside the vhost-user socket."""
+    return socket_path.with_name(socket_path.name + ".api")
+
+
+def _one_of(*allowed: str) -> Callable[[object, attrs.Attribute[str], str], None]:
+    def check(_: object, field: attrs.Attribute[str], value: str) -> None:
+        if value not in allowed:
+            raise ConfigError(f"{field.name} is {value!r}", remedy=f"use one of {', '.join(allowed)}")
+
+    return check
+
+
+def _between(low: float, high: float) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    def check(_: object, field: attrs.Attribute[Any], value: Any) -> None:
+        if not low <= value <= high:
+            raise ConfigError(f"{field.name} is {value}", remedy=f"it must be between {low} and {high}")
+
+    return check
+
+
+@attrs.frozen(kw_only=True)
+class ServeConfig:
+    """One daemon that serves one image to one VM. Raises ConfigError for a value out of its range."""
+
+    image: str
+    """Reference (``host/repository:tag``) or path of a bootstrap file."""
+    socket_path: Path | None = None
+    """The vhost-user socket to bind; None when a listening descriptor was inherited."""
+    api_socket: Path
+    cache_dir: Path | None = None
+    """None: no disk, memory only."""
+    blob_dir: Path | None = None
+    pull: Pull = attrs.field(default="missing", validator=_one_of(*PULLS))
+    io_deadline_s: float = attrs.field(
+        default=DEFAULT_IO_DEADLINE_S, converter=float, validator=_between(1.0, MAX_IO_DEADLINE_S)
+    )
+    """How long a guest's request may wait for its data before it fails with EIO."""
+    plain_http: bool = False
+    ca_file: Path | None = None
+    allow_unverified: bool = False
+    """Serve images that have no digest for some of their chunks."""
+    log_level: LogLevel = attrs.field(default="info", validator=_one_of(*LOG_LEVELS))
+    keep: bool = False
+    """Listen again when the VMM has gone."""
+    amplify: int = attrs.field(default=DEFAULT_AMPLIFY, validator=_between(0, MAX_AMPLIFY))
+    """Compressed bytes that one fetch may span beyond what was asked for; 0: no read-ahead."""
+    connections: int = attrs.field(default=DEFAULT_CONNECTIONS, validator=_between(1, MAX_CONNECTIONS))
+    """Fetches at once."""
+    spill_size: int = attrs.field(default=DEFAULT_SPILL_SIZE, validator=_between(MIN_SPILL_SIZE, 1 << 40))
+    retry_first_s: float = attrs.field(default=DEFAULT_RETRY_FIRST_S, validator=_between(0.001, 60.0))
+    retry_cap_s: float = attrs.field(default=DEFAULT_RETRY_CAP_S, validator=_between(0.001, 60.0))
