@@ -104,6 +104,10 @@ class ChunkView:
         """Whether the image describes *chunk*."""
         return 0 <= chunk < len(self.offsets) and bool(self._extents[chunk * _EXTENT_WORDS + 1] & _VALID)
 
+    def size(self, chunk: int) -> int:
+        """Uncompressed bytes of *chunk*."""
+        return self._extents[chunk * _EXTENT_WORDS + 1] & 0xFFFF_FFFF
+
     def ready(self, chunk: int) -> bool:
         """Whether a worker may serve *chunk* now."""
         if self.has_data and self._states[chunk] & 7 == _VERIFIED:
