@@ -1,7 +1,7 @@
 """The FUSE structures as the Linux kernel lays them out (include/uapi/linux/fuse.h, protocol 7.38).
 
 Field names are the kernel's. Structures that no virtio-fs guest sends to a read-only tree and that nothing
-here tests (locks, ioctl, poll, notifications) are left out. These are for tests and traces; hot paths are Rust.
+here tests (locks, ioctl, poll, notifications) are left out. For tests and traces: hot paths are Rust.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class SetattrIn(Wire):
 
 @attrs.frozen
 class EntryOut(Wire):
-    """Reply to LOOKUP and to what creates inodes. ``nodeid`` 0 is a negative entry, cached ``entry_valid`` s."""
+    """Reply to LOOKUP and to what creates inodes. ``nodeid`` 0 is a negative entry, for ``entry_valid`` s."""
 
     C_NAME: ClassVar[str] = "fuse_entry_out"
     nodeid: u64 = 0
@@ -478,7 +478,7 @@ class RemovemappingOne(Wire):
 
 @attrs.frozen
 class Dirent(Wire):
-    """Start of a directory entry; the name follows, padded to 8 bytes. ``off`` is the cookie of the next one."""
+    """Start of a directory entry; the name follows, padded to 8 bytes. ``off`` is the next one's cookie."""
 
     C_NAME: ClassVar[str] = "fuse_dirent"
     ino: u64 = 0

@@ -1,0 +1,530 @@
+//! A ring with its eventfds, shared by threads: requests that run in the background, waiting for them, pausing
+//! as a stopped VM does, and the quarantine of completed buffers.
+//!
+//! One thread at a time, the *leader*, sleeps on the call eventfd; the others sleep on the condition variable.
+//! Who reaps completions of others tells them. A load loop (see [`crate::load`]) leads as long as it runs, so that
+//! its latencies hold no hop from thread to thread.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::connection::Connection;
+use crate::error::Error;
+use crate::exchange::{Exchange, Layout, verify_untouched};
+use crate::fault::Faults;
+use crate::fuse::OutHeader;
+use crate::memory::{Memory, Span};
+use crate::pause::Snapshot;
+use crate::ring::{Desc, Ring, RingOptions, table_size, write_table};
+use crate::sys::{self, Until};
+
+/// Completed buffers are watched for late writes until so many newer ones came, or so many bytes.
+const QUARANTINE_BUFFERS: usize = 512;
+const QUARANTINE_BYTES: usize = 32 << 20;
+/// Tags of load loops have this bit; below it the port's id, then the slot.
+pub(crate) const PORT_TAG: u64 = 1 << 63;
+
+/// How a queue is set up and played.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueOptions {
+    pub ring: RingOptions,
+    /// Framing of the requests that the queue builds itself.
+    pub layout: Layout,
+}
+
+/// Counts since the queue was made.
+#[derive(Default)]
+pub struct Stats {
+    pub kicks: AtomicU64,
+    /// Submissions for which the device had said that it needs no kick.
+    pub kicks_suppressed: AtomicU64,
+    pub interrupts: AtomicU64,
+    pub completions: AtomicU64,
+}
+
+pub(crate) struct Pending {
+    exchange: Option<Exchange>,
+    request: Vec<u8>,
+    unique: u64,
+    submitted: Instant,
+}
+
+/// A completed request.
+pub struct Completion {
+    pub used: u32,
+    /// `None` for requests without reply, replies too short for one, and raw chains.
+    pub header: Option<OutHeader>,
+    pub latency: Duration,
+    exchange: Option<Exchange>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leader {
+    None,
+    /// A waiting thread sleeps on the eventfds right now.
+    Waiter,
+    /// A load loop leads, asleep or not.
+    Port(u32),
+}
+
+pub(crate) struct State {
+    pub(crate) ring: Ring,
+    /// Call eventfds; the last one is in use. A device that was told of a new one may still signal an old one.
+    calls: Vec<Arc<OwnedFd>>,
+    connection: Option<Arc<Connection>>,
+    pub(crate) closed: bool,
+    pub(crate) paused: bool,
+    pub(crate) leader: Leader,
+    /// Open load loops: completions by port id.
+    pub(crate) ports: HashMap<u32, Vec<(u32, u32)>>,
+    /// Counts resets.
+    pub(crate) generation: u64,
+    next_tag: u64,
+    pub(crate) pending: HashMap<u64, Pending>,
+    done: HashMap<u64, Completion>,
+    pub(crate) quarantine: VecDeque<Arc<Span>>,
+    quarantine_bytes: usize,
+    pub(crate) retired: VecDeque<Ring>,
+    pub(crate) snapshot: Option<Snapshot>,
+}
+
+/// One virtqueue of the front-end.
+pub struct Queue {
+    pub index: u16,
+    pub options: QueueOptions,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) faults: Arc<Faults>,
+    pub stats: Stats,
+    state: Mutex<State>,
+    pub(crate) cond: Condvar,
+    kick: OwnedFd,
+    wake: OwnedFd,
+}
+
+impl Queue {
+    pub fn new(
+        index: u16,
+        options: QueueOptions,
+        base: u16,
+        memory: Arc<Memory>,
+        faults: Arc<Faults>,
+    ) -> Result<Self, Error> {
+        let state = State {
+            ring: Ring::new(&memory, options.ring, base)?,
+            calls: vec![Arc::new(sys::eventfd()?)],
+            connection: None,
+            closed: false,
+            paused: false,
+            leader: Leader::None,
+            ports: HashMap::new(),
+            generation: 0,
+            next_tag: 1,
+            pending: HashMap::new(),
+            done: HashMap::new(),
+            quarantine: VecDeque::new(),
+            quarantine_bytes: 0,
+            retired: VecDeque::new(),
+            snapshot: None,
+        };
+        Ok(Queue {
+            index,
+            options,
+            memory,
+            faults,
+            stats: Stats::default(),
+            state: Mutex::new(state),
+            cond: Condvar::new(),
+            kick: sys::eventfd()?,
+            wake: sys::eventfd()?,
+        })
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn kick_fd(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    /// The call eventfd in use.
+    pub fn call_fd(&self) -> Arc<OwnedFd> {
+        self.lock()
+            .calls
+            .last()
+            .expect("there is always one")
+            .clone()
+    }
+
+    /// Replaces the call eventfd; whoever sleeps on the old one goes on with both.
+    pub fn swap_call(&self) -> Result<Arc<OwnedFd>, Error> {
+        let fd = Arc::new(sys::eventfd()?);
+        let mut state = self.lock();
+        state.calls.push(fd.clone());
+        if state.calls.len() > 16 {
+            state.calls.remove(0);
+        }
+        self.wake_leader(&state);
+        Ok(fd)
+    }
+
+    /// The connection whose end means that nothing will complete any more.
+    pub fn set_connection(&self, connection: Option<Arc<Connection>>) {
+        let mut state = self.lock();
+        state.closed = false;
+        state.connection = connection;
+    }
+
+    /// (guest-physical, user) addresses of descriptor table, available ring and used ring.
+    pub fn addresses(&self) -> ([u64; 3], [u64; 3]) {
+        let state = self.lock();
+        (state.ring.gpas(), state.ring.user_addresses())
+    }
+
+    /// (available index, used index, requests in flight)
+    pub fn indices(&self) -> (u16, u16, usize) {
+        let state = self.lock();
+        (
+            state.ring.avail_idx(),
+            state.ring.used_idx(),
+            state.ring.n_in_flight(),
+        )
+    }
+
+    pub(crate) fn wake_leader(&self, state: &State) {
+        if state.leader != Leader::None {
+            // An eventfd of our own: signalling it cannot fail.
+            let _ = sys::signal(self.wake.as_fd());
+        }
+    }
+
+    /// Kicks the device, needed or not.
+    pub fn kick(&self) -> Result<(), Error> {
+        self.stats.kicks.fetch_add(1, Ordering::Relaxed);
+        sys::signal(self.kick.as_fd())
+    }
+
+    /// Kicks the device if it asked for that since the available index was `old`.
+    pub(crate) fn kick_if_needed(&self, state: &State, old: u16) -> Result<(), Error> {
+        if state.ring.needs_kick(old) {
+            return self.kick();
+        }
+        self.stats.kicks_suppressed.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Submits a request of these readable bytes with `reply_len` writable ones; returns its token.
+    ///
+    /// Waits up to `timeout` for free descriptors. The bytes should begin with a FUSE in header: its `unique` is
+    /// what the reply must carry.
+    pub fn submit(
+        &self,
+        request: Vec<u8>,
+        reply_len: usize,
+        layout: Layout,
+        region: Option<u64>,
+        timeout: Duration,
+    ) -> Result<u64, Error> {
+        let exchange = self.exchange(request.len(), reply_len, layout, region)?;
+        exchange.write_request(0, &request);
+        let mut unique = [0u8; 8];
+        unique
+            .iter_mut()
+            .zip(request.iter().skip(8))
+            .for_each(|(to, from)| *to = *from);
+        let unique = u64::from_le_bytes(unique);
+        let mut pending = Some(Pending {
+            exchange: Some(exchange),
+            request,
+            unique,
+            submitted: Instant::now(),
+        });
+        self.wait_until(timeout, |state| {
+            let exchange = pending.as_ref()?.exchange.as_ref()?;
+            let (descs, table) = exchange.chain();
+            Some(
+                self.add(state, descs, table, exchange.watch())
+                    .inspect(|&token| state.pending.extend(pending.take().map(|p| (token, p)))),
+            )
+            .filter(|added| !matches!(added, Err(Error::RingFull)))
+        })
+        .map_err(|e| {
+            if matches!(e, Error::Timeout) {
+                Error::RingFull
+            } else {
+                e
+            }
+        })?
+    }
+
+    /// Submits a chain of arbitrary descriptors, through an indirect table if asked. Nothing of its completion is
+    /// checked but that it comes once; its memory is the caller's.
+    pub fn submit_raw(&self, descs: &[Desc], indirect: bool) -> Result<u64, Error> {
+        let table = if indirect {
+            let table = self.memory.alloc(table_size(descs.len()), 16, None)?;
+            write_table(&table, descs);
+            Some(Arc::new(table))
+        } else {
+            None
+        };
+        let entry = table
+            .as_ref()
+            .map(|t| (t.gpa(), table_size(descs.len()) as u32));
+        let mut state = self.lock();
+        let token = self.add(&mut state, descs, entry, table)?;
+        let pending = Pending {
+            exchange: None,
+            request: Vec::new(),
+            unique: 0,
+            submitted: Instant::now(),
+        };
+        state.pending.insert(token, pending);
+        Ok(token)
+    }
+
+    fn add(
+        &self,
+        state: &mut State,
+        descs: &[Desc],
+        table: Option<(u64, u32)>,
+        watch: Option<Arc<Span>>,
+    ) -> Result<u64, Error> {
+        let (token, old) = (state.next_tag, state.ring.avail_idx());
+        state.ring.add(descs, table, token, watch)?;
+        state.next_tag += 1;
+        self.kick_if_needed(state, old)?;
+        Ok(token)
+    }
+
+    /// Buffers for a request; the quarantine makes room when memory is short.
+    pub(crate) fn exchange(
+        &self,
+        request_len: usize,
+        reply_len: usize,
+        layout: Layout,
+        region: Option<u64>,
+    ) -> Result<Exchange, Error> {
+        loop {
+            match Exchange::new(&self.memory, request_len, reply_len, layout, region) {
+                Err(Error::OutOfMemory(n)) => {
+                    let mut state = self.lock();
+                    if !self.release_oldest(&mut state) {
+                        return Err(Error::OutOfMemory(n));
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Takes completions from the ring, checks them and hands them to their owners.
+    pub(crate) fn reap(&self, state: &mut State) {
+        if state.paused {
+            return;
+        }
+        let mut tell = false;
+        while let Some(popped) = state.ring.pop() {
+            let used = match popped {
+                Ok(used) => used,
+                Err(bad) => {
+                    self.faults
+                        .record(bad.kind, || format!("queue {}: {}", self.index, bad.text));
+                    continue;
+                }
+            };
+            self.stats.completions.fetch_add(1, Ordering::Relaxed);
+            if used.tag & PORT_TAG != 0 {
+                let (port, slot) = ((used.tag & !PORT_TAG) >> 32, used.tag as u32);
+                if let Some(sink) = state.ports.get_mut(&(port as u32)) {
+                    sink.push((slot, used.len));
+                }
+                tell |= state.leader != Leader::Port(port as u32);
+                continue;
+            }
+            if let Some(pending) = state.pending.remove(&used.tag) {
+                let completion = self.complete(pending, used.len);
+                state.done.insert(used.tag, completion);
+                tell = true;
+            }
+        }
+        if tell {
+            self.cond.notify_all();
+            if state.leader == Leader::Waiter {
+                self.wake_leader(state);
+            }
+        }
+    }
+
+    fn complete(&self, pending: Pending, used: u32) -> Completion {
+        let latency = pending.submitted.elapsed();
+        let header = pending.exchange.as_ref().and_then(|x| {
+            let header = x.verify(pending.unique, used, &self.faults, self.index);
+            x.verify_poison(used, pending.unique, &self.faults, self.index);
+            x.verify_request(&pending.request, pending.unique, &self.faults, self.index);
+            header
+        });
+        Completion {
+            used,
+            header,
+            latency,
+            exchange: pending.exchange,
+        }
+    }
+
+    /// Waits until `ready` returns something; it is called with the ring reaped.
+    fn wait_until<T>(
+        &self,
+        timeout: Duration,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<T, Error> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        loop {
+            self.reap(&mut state);
+            if let Some(result) = ready(&mut state) {
+                return Ok(result);
+            }
+            if state.closed {
+                return Err(Error::Closed);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout);
+            }
+            if state.leader != Leader::None || state.paused {
+                state = self
+                    .cond
+                    .wait_timeout(state, left)
+                    .unwrap_or_else(|e| e.into_inner())
+                    .0;
+                continue;
+            }
+            if state.ring.enable_interrupts() {
+                continue;
+            }
+            state.leader = Leader::Waiter;
+            state = self.sleep(state, left)?;
+            if state.leader == Leader::Waiter {
+                state.leader = Leader::None;
+            }
+            // Somebody else may have to lead now.
+            self.cond.notify_all();
+        }
+    }
+
+    /// Sleeps on the eventfds with the lock released, for the leader.
+    pub(crate) fn sleep<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        timeout: Duration,
+    ) -> Result<MutexGuard<'a, State>, Error> {
+        let calls = state.calls.clone();
+        let connection = state.connection.clone();
+        drop(state);
+        let mut fds: Vec<Until> = calls
+            .iter()
+            .map(|fd| Until::Readable(fd.as_raw_fd()))
+            .collect();
+        fds.push(Until::Readable(self.wake.as_raw_fd()));
+        fds.extend(connection.as_ref().map(|c| Until::HungUp(c.as_raw_fd())));
+        let mask = sys::poll(&fds, timeout);
+        let mut state = self.lock();
+        let mask = match mask {
+            Ok(mask) => mask,
+            Err(e) => {
+                state.leader = Leader::None;
+                return Err(e);
+            }
+        };
+        for (i, call) in calls.iter().enumerate() {
+            if mask & 1 << i != 0 {
+                self.stats
+                    .interrupts
+                    .fetch_add(sys::take_signal(call.as_fd()), Ordering::Relaxed);
+            }
+        }
+        if mask & 1 << calls.len() != 0 {
+            sys::take_signal(self.wake.as_fd());
+        }
+        if mask & 2 << calls.len() != 0 {
+            state.closed = true;
+        }
+        Ok(state)
+    }
+
+    /// Waits until request `token` completes. Its data stay for [`Queue::take`].
+    pub fn wait(
+        &self,
+        token: u64,
+        timeout: Duration,
+    ) -> Result<(u32, Option<OutHeader>, Duration), Error> {
+        self.wait_until(timeout, |state| {
+            if let Some(done) = state.done.get(&token) {
+                return Some(Ok((done.used, done.header, done.latency)));
+            }
+            (!state.pending.contains_key(&token)).then_some(Err(Error::Reset))
+        })?
+    }
+
+    /// Tokens that are completed and not taken, waiting up to `timeout` for the first.
+    pub fn completed(&self, timeout: Duration) -> Result<Vec<u64>, Error> {
+        let found = self.wait_until(timeout, |state| {
+            (!state.done.is_empty()).then(|| state.done.keys().copied().collect::<Vec<u64>>())
+        });
+        match found {
+            Err(Error::Timeout) => Ok(Vec::new()),
+            other => other,
+        }
+    }
+
+    /// Copies the reply of a completed request from byte 16 on into `data`, and puts its buffers into quarantine.
+    pub fn take(&self, token: u64, data: &mut [u8]) -> Result<(), Error> {
+        let mut state = self.lock();
+        let done = state
+            .done
+            .remove(&token)
+            .ok_or_else(|| Error::Invalid(format!("request {token} is not completed")))?;
+        if let Some(exchange) = done.exchange {
+            let n = exchange
+                .reply_capacity()
+                .saturating_sub(crate::fuse::OUT_HEADER)
+                .min(data.len());
+            exchange.read_reply(
+                crate::fuse::OUT_HEADER,
+                data.get_mut(..n).unwrap_or_default(),
+            );
+            exchange.poison();
+            if let Some(span) = exchange.watch() {
+                self.quarantine(&mut state, span);
+            }
+        }
+        Ok(())
+    }
+
+    /// Watches a poisoned, completed buffer for late writes.
+    pub(crate) fn quarantine(&self, state: &mut State, span: Arc<Span>) {
+        state.quarantine_bytes += span.len();
+        state.quarantine.push_back(span);
+        while state.quarantine.len() > QUARANTINE_BUFFERS
+            || state.quarantine_bytes > QUARANTINE_BYTES
+        {
+            self.release_oldest(state);
+        }
+    }
+
+    fn release_oldest(&self, state: &mut State) -> bool {
+        let Some(span) = state.quarantine.pop_front() else {
+            return false;
+        };
+        state.quarantine_bytes -= span.len();
+        verify_untouched(&span, "a completed request", &self.faults, self.index);
+        true
+    }
+}
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;
