@@ -80,12 +80,13 @@ class HttpClient:
     ) -> Reply:
         """Sends *request*; the reply's body is still to be read. Use it as a context manager.
 
-        Raises Unreachable, BackendTimeout, UntrustedServer or BadReply.
+        Raises Unreachable, BackendTimeout, UntrustedServer, BadReply, or ConfigError for the CA file.
         """
         headers = dict(request.headers)
         if request.authorize and authorization is not None:
             headers["Authorization"] = authorization.reveal()
         where = without_query(request.url)
+        tls = self._tls_context() if request.url.startswith("https:") else True
         try:
             response = await self._get_session().request(
                 request.method,
@@ -93,7 +94,7 @@ class HttpClient:
                 headers=headers,
                 data=None if body is None else body(),
                 allow_redirects=False,
-                ssl=self._tls_context() if request.url.startswith("https:") else True,
+                ssl=tls,
             )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
             raise _translate(e, where) from e

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from virtiofsd_rafs.backends.base import check_range, sha256_digest
 from virtiofsd_rafs.backends.client import RegistryClient
 from virtiofsd_rafs.backends.credentials import load_docker_config
-from virtiofsd_rafs.backends.http import HttpClient
+from virtiofsd_rafs.backends.http import PROGRESS_TIMEOUT_S, HttpClient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,12 +23,20 @@ class OciSource:
         reference: names host and repository.
         config: TLS and connections.
         blob_sizes: sizes that the manifest tells, by blob id; others are asked for.
+        progress_timeout_s: how long a server may send nothing, or a trickle.
     """
 
     def __init__(
-        self, reference: Reference, config: SourceConfig, blob_sizes: Mapping[str, int] | None = None
+        self,
+        reference: Reference,
+        config: SourceConfig,
+        blob_sizes: Mapping[str, int] | None = None,
+        *,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> None:
-        self._http = HttpClient(ca_file=config.ca_file, connections=config.connections)
+        self._http = HttpClient(
+            ca_file=config.ca_file, connections=config.connections, progress_timeout_s=progress_timeout_s
+        )
         self._client = RegistryClient(
             self._http, reference, plain_http=config.plain_http, config=load_docker_config()
         )

@@ -9,17 +9,20 @@ Source: OCI distribution-spec 1.1 (pushing blobs and manifests); RAFS: OCI packa
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
-import re
 import zlib
 from typing import TYPE_CHECKING
 
 import attrs
 
-from virtiofsd_rafs.errors import ConfigError, DigestMismatch
+from virtiofsd_rafs.blob.c_blob import CI_HEADER_SIZE
+from virtiofsd_rafs.blob.chunk_info import section_to_blob_meta
+from virtiofsd_rafs.errors import ConfigError, DigestMismatch, NotFound
 from virtiofsd_rafs.image.layer import pack_layer
+from virtiofsd_rafs.rafs.v6 import Tree
 from virtiofsd_rafs.registry.manifest import (
     ANNOTATION_BLOB,
     ANNOTATION_BLOB_IDS,
@@ -41,14 +44,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from virtiofsd_rafs.rafs.superblock import BlobEntry
+
 _log = logging.getLogger(__name__)
 
 BOOTSTRAP_FILE = "image.boot"
-_BLOB_FILE = re.compile(r"[0-9a-f]{64}")
-_META_FILE = re.compile(r"([0-9a-f]{64})\.blob\.meta")
 _PIECE = 1 << 20
-# The superblock's magic number at byte 1024 tells v6 (EROFS) from v5.
-_EROFS_MAGIC = b"\xe2\xe1\xf5\xe0"
 
 
 @attrs.frozen
@@ -107,7 +108,7 @@ async def push_image(
     target = parse_reference(reference)
     if target.digest is not None:
         raise ConfigError("a push cannot choose its digest", remedy="write host/repository:tag")
-    parts = assemble(out)
+    parts = await asyncio.to_thread(assemble, out)
     say = progress or _log.info
     async with Pusher(target, plain_http=plain_http, ca_file=ca_file, deadline_s=deadline) as pusher:
         for upload in parts.uploads:
@@ -128,41 +129,36 @@ def assemble(out: Path) -> ImageParts:
         ) from e
     if not 0 < len(bootstrap) <= MAX_BOOTSTRAP_LEN:
         raise ConfigError(f"{out / BOOTSTRAP_FILE} has {len(bootstrap)} bytes")
-    names = sorted(p.name for p in out.iterdir() if p.is_file())
-    blob_ids = _blob_ids(bootstrap, [n for n in names if _BLOB_FILE.fullmatch(n)])
-    blobs = [_blob_upload(out / blob_id) for blob_id in blob_ids]
-    metas = {
-        match[1]: (out / n).read_bytes()
-        for n in names
-        if (match := _META_FILE.fullmatch(n)) is not None and match[1] in blob_ids
-    }
+    entries = Tree.parse(bootstrap).blobs
+    blobs = [_blob_upload(out / entry.blob_id) for entry in entries]
+    metas = {e.blob_id: _blob_meta(out / e.blob_id, e) for e in entries if e.has_chunk_info}
     tar = pack_layer(bootstrap, metas)
     packed = _gzip(tar)
     config = _config(blobs, tar)
-    manifest = _manifest(Upload.of(config), blobs, Upload.of(packed), tar, _fs_version(bootstrap))
+    manifest = _manifest(Upload.of(config), blobs, Upload.of(packed), tar)
     return ImageParts((*blobs, Upload.of(packed), Upload.of(config)), manifest)
-
-
-def _blob_ids(bootstrap: bytes, in_directory: Sequence[str]) -> list[str]:
-    """The blobs of the image: those in the directory whose id stands in the bootstrap, in the bootstrap's
-    order.
-
-    The blob table holds ids as plain ASCII, so a search finds each; reading the table properly is the
-    reader's work, and an id that stands there by chance does not happen with 256 bits.
-    """
-    found = {blob_id: bootstrap.find(blob_id.encode()) for blob_id in in_directory}
-    return sorted((b for b, at in found.items() if at >= 0), key=lambda b: found[b])
 
 
 def _blob_upload(path: Path) -> Upload:
     sha256, size = hashlib.sha256(), 0
-    with path.open("rb") as f:
-        while piece := f.read(_PIECE):
-            sha256.update(piece)
-            size += len(piece)
+    try:
+        with path.open("rb") as f:
+            while piece := f.read(_PIECE):
+                sha256.update(piece)
+                size += len(piece)
+    except OSError as e:
+        raise NotFound(f"blob {path} cannot be read: {e.strerror}", remedy="build the image again") from e
     if sha256.hexdigest() != path.name:
         raise DigestMismatch(f"{path} has the digest {sha256.hexdigest()}", remedy="build the image again")
     return Upload(f"sha256:{path.name}", size, path=path)
+
+
+def _blob_meta(path: Path, entry: BlobEntry) -> bytes:
+    """The blob's chunk map. The layer carries it, so that who mounts the image need not fetch it."""
+    with path.open("rb") as f:
+        f.seek(entry.record.ci_offset)
+        section = f.read(entry.record.ci_compressed_size + CI_HEADER_SIZE)
+    return section_to_blob_meta(entry, section)
 
 
 def _gzip(data: bytes) -> bytes:
@@ -171,10 +167,6 @@ def _gzip(data: bytes) -> bytes:
     body = deflater.compress(data) + deflater.flush()
     trailer = zlib.crc32(data).to_bytes(4, "little") + (len(data) & 0xFFFFFFFF).to_bytes(4, "little")
     return b"\x1f\x8b\x08" + bytes(5) + b"\x00\xff" + body + trailer
-
-
-def _fs_version(bootstrap: bytes) -> str:
-    return "6" if bootstrap[1024:1028] == _EROFS_MAGIC else "5"
 
 
 def _config(blobs: Sequence[Upload], tar: bytes) -> bytes:
@@ -192,7 +184,7 @@ def _config(blobs: Sequence[Upload], tar: bytes) -> bytes:
     )
 
 
-def _manifest(config: Upload, blobs: Sequence[Upload], layer: Upload, tar: bytes, fs_version: str) -> bytes:
+def _manifest(config: Upload, blobs: Sequence[Upload], layer: Upload, tar: bytes) -> bytes:
     layers = [_descriptor(NYDUS_BLOB, b, {ANNOTATION_BLOB: "true"}) for b in blobs]
     layers.append(
         _descriptor(
@@ -200,7 +192,7 @@ def _manifest(config: Upload, blobs: Sequence[Upload], layer: Upload, tar: bytes
             layer,
             {
                 ANNOTATION_BOOTSTRAP: "true",
-                ANNOTATION_FS_VERSION: fs_version,
+                ANNOTATION_FS_VERSION: "6",
                 ANNOTATION_BLOB_IDS: json.dumps(
                     [b.digest.partition(":")[2] for b in blobs], separators=(",", ":")
                 ),
