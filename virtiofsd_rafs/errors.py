@@ -1,6 +1,7 @@
 """The errors of this package: one tree, each with a stable id, a guest errno and an exit code.
 
-An error names its cause and, where there is one, the remedy. ``msgid`` is stable: logs, metrics and JSON use it.
+An error names its cause and, where there is one, the remedy. ``msgid`` is stable: logs, metrics and JSON use
+it.
 Subclasses inherit a builtin as well, so that a caller may catch either.
 """
 

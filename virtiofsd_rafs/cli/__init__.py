@@ -14,7 +14,11 @@ from virtiofsd_rafs import __version__
 # command name -> (module, attribute, one line of help)
 _COMMANDS = {
     "serve": ("virtiofsd_rafs.cli.serve", "serve", "Serve an image to one VM over vhost-user."),
-    "status": ("virtiofsd_rafs.cli.status", "status", "Show a running daemon's processes, queues and traffic."),
+    "status": (
+        "virtiofsd_rafs.cli.status",
+        "status",
+        "Show a running daemon's processes, queues and traffic.",
+    ),
     "build": ("virtiofsd_rafs.cli.build", "build", "Build a RAFS v6 image from a directory."),
     "push": ("virtiofsd_rafs.cli.push", "push", "Push a built image to a registry."),
     "inspect": ("virtiofsd_rafs.cli.inspect", "inspect", "Show what an image contains."),

@@ -29,7 +29,8 @@ lib: Any = _lib
 ABI_VERSION = 1
 if lib.vr_abi_version() != ABI_VERSION:
     raise ImportError(
-        f"virtiofsd_rafs._native speaks ABI {lib.vr_abi_version()}, the package {ABI_VERSION}: run scripts/dev again"
+        f"virtiofsd_rafs._native speaks ABI {lib.vr_abi_version()}, the package {ABI_VERSION}: "
+        "run scripts/dev again"
     )
 
 

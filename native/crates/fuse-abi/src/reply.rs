@@ -44,7 +44,10 @@ impl Cursor<'_> {
 /// `struct fuse_out_header`; `error` is a positive errno or 0, `len` counts the header.
 pub fn out_header(len: u32, error: i32, unique: u64) -> [u8; OUT_HEADER_LEN] {
     let mut out = [0; OUT_HEADER_LEN];
-    let mut c = Cursor { out: &mut out, at: 0 };
+    let mut c = Cursor {
+        out: &mut out,
+        at: 0,
+    };
     c.u32(len);
     c.bytes(&(-error).to_le_bytes());
     c.u64(unique);
@@ -90,7 +93,10 @@ impl Attr {
 /// `struct fuse_attr_out`, valid for ever.
 pub fn attr_out(attr: &Attr) -> [u8; ATTR_OUT_LEN] {
     let mut out = [0; ATTR_OUT_LEN];
-    let mut c = Cursor { out: &mut out, at: 0 };
+    let mut c = Cursor {
+        out: &mut out,
+        at: 0,
+    };
     c.u64(FOREVER_S);
     c.u64(0);
     attr.put(&mut c);
@@ -100,7 +106,10 @@ pub fn attr_out(attr: &Attr) -> [u8; ATTR_OUT_LEN] {
 /// `struct fuse_entry_out`, valid for ever. `nodeid` 0 is a negative entry that the kernel may keep.
 pub fn entry_out(nodeid: u64, attr: &Attr) -> [u8; ENTRY_OUT_LEN] {
     let mut out = [0; ENTRY_OUT_LEN];
-    let mut c = Cursor { out: &mut out, at: 0 };
+    let mut c = Cursor {
+        out: &mut out,
+        at: 0,
+    };
     c.u64(nodeid);
     c.u64(0);
     c.u64(FOREVER_S);
@@ -126,7 +135,10 @@ pub struct InitOut {
 /// `struct fuse_init_out`.
 pub fn init_out(init: &InitOut) -> [u8; INIT_OUT_LEN] {
     let mut out = [0; INIT_OUT_LEN];
-    let mut c = Cursor { out: &mut out, at: 0 };
+    let mut c = Cursor {
+        out: &mut out,
+        at: 0,
+    };
     c.u32(crate::KERNEL_VERSION);
     c.u32(init.minor);
     c.u32(init.max_readahead);
@@ -144,7 +156,10 @@ pub fn init_out(init: &InitOut) -> [u8; INIT_OUT_LEN] {
 /// `struct fuse_statfs_out` of a full, read-only file system of `blocks` × 4096 bytes and `files` inodes.
 pub fn statfs_out(blocks: u64, files: u64) -> [u8; STATFS_OUT_LEN] {
     let mut out = [0; STATFS_OUT_LEN];
-    let mut c = Cursor { out: &mut out, at: 0 };
+    let mut c = Cursor {
+        out: &mut out,
+        at: 0,
+    };
     c.u64(blocks);
     c.u64(0);
     c.u64(0);

@@ -50,7 +50,11 @@ impl InitIn {
     /// The arguments of INIT; `None` when even major and minor are missing.
     pub fn parse(args: &[u8]) -> Option<InitIn> {
         let low = u64::from(u32_at(args, 12).unwrap_or(0));
-        let high = if low & crate::init_flags::INIT_EXT != 0 { u64::from(u32_at(args, 16).unwrap_or(0)) } else { 0 };
+        let high = if low & crate::init_flags::INIT_EXT != 0 {
+            u64::from(u32_at(args, 16).unwrap_or(0))
+        } else {
+            0
+        };
         Some(InitIn {
             major: u32_at(args, 0)?,
             minor: u32_at(args, 4)?,
@@ -70,7 +74,10 @@ pub struct ReadIn {
 impl ReadIn {
     /// `None` when the arguments are too short.
     pub fn parse(args: &[u8]) -> Option<ReadIn> {
-        Some(ReadIn { offset: u64_at(args, 8)?, size: u32_at(args, 16)? })
+        Some(ReadIn {
+            offset: u64_at(args, 8)?,
+            size: u32_at(args, 16)?,
+        })
     }
 }
 
@@ -92,7 +99,10 @@ pub struct LseekIn {
 impl LseekIn {
     /// `None` when the arguments are too short.
     pub fn parse(args: &[u8]) -> Option<LseekIn> {
-        Some(LseekIn { offset: u64_at(args, 8)?, whence: u32_at(args, 16)? })
+        Some(LseekIn {
+            offset: u64_at(args, 8)?,
+            whence: u32_at(args, 16)?,
+        })
     }
 }
 

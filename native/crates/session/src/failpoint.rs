@@ -86,7 +86,11 @@ impl Failpoint {
         if self.skip.fetch_sub(1, Ordering::SeqCst) > 0 {
             return;
         }
-        if self.point.compare_exchange(point as u32, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        if self
+            .point
+            .compare_exchange(point as u32, 0, Ordering::SeqCst, Ordering::SeqCst)
+            .is_err()
+        {
             return;
         }
         match self.action.load(Ordering::SeqCst) {

@@ -68,7 +68,8 @@ impl QueueLog {
         }
         self.version.store(1, Ordering::Relaxed);
         // Zero wherever the driver and the device agree; kept so that `next_avail` is right where they do not.
-        self.skew.store(next_avail.wrapping_sub(used_idx), Ordering::Relaxed);
+        self.skew
+            .store(next_avail.wrapping_sub(used_idx), Ordering::Relaxed);
         self.desc_num.store(size, Ordering::Relaxed);
         self.used_idx.store(used_idx, Ordering::SeqCst);
     }
@@ -133,7 +134,11 @@ impl QueueLog {
     pub fn repair(&self, used_idx: u16) {
         let published = used_idx.wrapping_sub(self.used_idx.load(Ordering::SeqCst));
         if published != 0 {
-            self.clear_batch(self.last_batch_head.load(Ordering::SeqCst), published, used_idx);
+            self.clear_batch(
+                self.last_batch_head.load(Ordering::SeqCst),
+                published,
+                used_idx,
+            );
         }
     }
 
@@ -174,19 +179,27 @@ impl QueueLog {
     /// The position of the avail ring from which the next head is to be taken, after [`QueueLog::repair`].
     pub fn next_avail(&self) -> u16 {
         let skew = self.skew.load(Ordering::Relaxed);
-        self.used_idx().wrapping_add(self.in_flight()).wrapping_add(skew)
+        self.used_idx()
+            .wrapping_add(self.in_flight())
+            .wrapping_add(skew)
     }
 
     /// How many heads are in flight.
     pub fn in_flight(&self) -> u16 {
-        self.slots.iter().filter(|s| s.inflight.load(Ordering::Relaxed) != 0).count() as u16
+        self.slots
+            .iter()
+            .filter(|s| s.inflight.load(Ordering::Relaxed) != 0)
+            .count() as u16
     }
 
     /// How many heads wait for data.
     pub fn parked(&self) -> u16 {
         self.slots
             .iter()
-            .filter(|s| s.inflight.load(Ordering::Relaxed) != 0 && s.phase.load(Ordering::Relaxed) == PHASE_PARKED)
+            .filter(|s| {
+                s.inflight.load(Ordering::Relaxed) != 0
+                    && s.phase.load(Ordering::Relaxed) == PHASE_PARKED
+            })
             .count() as u16
     }
 }
@@ -248,7 +261,10 @@ mod tests {
         }
         let mut out = Vec::new();
         log.outstanding(64, &mut out);
-        assert_eq!(out.iter().map(|o| o.poisonous).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(
+            out.iter().map(|o| o.poisonous).collect::<Vec<_>>(),
+            [true, false]
+        );
     }
 
     #[test]

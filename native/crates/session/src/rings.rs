@@ -63,7 +63,8 @@ impl<const N: usize, const WORDS: usize> Ring<N, WORDS> {
         if end.wrapping_sub(at) > N as u64 {
             at = end.wrapping_sub(N as u64);
         }
-        let words = std::array::from_fn(|i| self.entries[at as usize % N][i].load(Ordering::Relaxed));
+        let words =
+            std::array::from_fn(|i| self.entries[at as usize % N][i].load(Ordering::Relaxed));
         self.consumed.store(at.wrapping_add(1), Ordering::Release);
         Some(words)
     }
@@ -76,8 +77,11 @@ pub struct PostRing(Ring<POSTS, 4>);
 impl PostRing {
     /// False when the ring is full: try again later.
     pub fn push(&self, post: &Post) -> bool {
-        let key = u64::from(post.mount) << 56 | u64::from(post.blob_index) << 32 | u64::from(post.chunk_index);
-        self.0.push([key, post.nodeid, post.file_offset, post.time_ns], false)
+        let key = u64::from(post.mount) << 56
+            | u64::from(post.blob_index) << 32
+            | u64::from(post.chunk_index);
+        self.0
+            .push([key, post.nodeid, post.file_offset, post.time_ns], false)
     }
 
     /// The oldest post that nobody has seen.
@@ -101,13 +105,20 @@ pub struct TraceRing(Ring<TRACES, 5>);
 impl TraceRing {
     /// Notes a request.
     pub fn push(&self, t: &Trace) {
-        self.0.push([t.nodeid, t.offset, t.len, t.parked_ns, t.done_ns], true);
+        self.0
+            .push([t.nodeid, t.offset, t.len, t.parked_ns, t.done_ns], true);
     }
 
     /// The oldest trace that nobody has seen.
     pub fn pop(&self) -> Option<Trace> {
         let [nodeid, offset, len, parked_ns, done_ns] = self.0.pop()?;
-        Some(Trace { nodeid, offset, len, parked_ns, done_ns })
+        Some(Trace {
+            nodeid,
+            offset,
+            len,
+            parked_ns,
+            done_ns,
+        })
     }
 }
 
@@ -119,7 +130,14 @@ mod tests {
     fn posts_come_back_in_order_and_a_full_ring_says_so() {
         // SAFETY: all-zero bytes are valid atomics.
         let ring: Box<PostRing> = unsafe { Box::new_zeroed().assume_init() };
-        let post = |i| Post { mount: 1, blob_index: 2, chunk_index: i, nodeid: 3, file_offset: 4, time_ns: 5 };
+        let post = |i| Post {
+            mount: 1,
+            blob_index: 2,
+            chunk_index: i,
+            nodeid: 3,
+            file_offset: 4,
+            time_ns: 5,
+        };
         for i in 0..POSTS as u32 {
             assert!(ring.push(&post(i)));
         }
@@ -133,7 +151,10 @@ mod tests {
         // SAFETY: all-zero bytes are valid atomics.
         let ring: Box<TraceRing> = unsafe { Box::new_zeroed().assume_init() };
         for i in 0..TRACES as u64 + 3 {
-            ring.push(&Trace { nodeid: i, ..Trace::default() });
+            ring.push(&Trace {
+                nodeid: i,
+                ..Trace::default()
+            });
         }
         assert_eq!(ring.pop().map(|t| t.nodeid), Some(3));
     }

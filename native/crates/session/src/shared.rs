@@ -140,7 +140,10 @@ impl Shared {
         let shared = Shared::map(fd)?;
         let layout = shared.layout();
         if layout.magic != MAGIC || layout.len != size_of::<Layout>() as u64 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "no session memory of this version"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "no session memory of this version",
+            ));
         }
         Ok(shared)
     }
@@ -155,7 +158,10 @@ impl Shared {
             stat.st_size as usize
         };
         if len < size_of::<Layout>() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "session memory is too small"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "session memory is too small",
+            ));
         }
         // SAFETY: a fresh shared mapping of the right length, checked against MAP_FAILED.
         let map = unsafe {
@@ -171,7 +177,10 @@ impl Shared {
         if map == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Shared { fd, map: map.cast() })
+        Ok(Shared {
+            fd,
+            map: map.cast(),
+        })
     }
 
     fn layout(&self) -> &Layout {

@@ -43,7 +43,13 @@ impl Chain {
         self.writable_len = 0;
     }
 
-    pub(crate) fn push(&mut self, mem: &GuestMemory, addr: u64, len: u32, write: bool) -> Result<(), ChainError> {
+    pub(crate) fn push(
+        &mut self,
+        mem: &GuestMemory,
+        addr: u64,
+        len: u32,
+        write: bool,
+    ) -> Result<(), ChainError> {
         if !write && !self.writable.is_empty() {
             return Err(ChainError::BadOrder);
         }
@@ -61,8 +67,13 @@ impl Chain {
             *total = total.checked_add(run as usize).ok_or(ChainError::TooLong)?;
             match list.last_mut() {
                 // Pages that are neighbours in the guest become one segment: fewer iovecs for preadv2.
-                Some(last) if last.iov_base as usize + last.iov_len == host as usize => last.iov_len += run as usize,
-                _ => list.push(Segment { iov_base: host.cast(), iov_len: run as usize }),
+                Some(last) if last.iov_base as usize + last.iov_len == host as usize => {
+                    last.iov_len += run as usize
+                }
+                _ => list.push(Segment {
+                    iov_base: host.cast(),
+                    iov_len: run as usize,
+                }),
             }
             left -= run;
             addr = addr.checked_add(run).ok_or(ChainError::BadAddress)?;
@@ -109,7 +120,10 @@ impl Chain {
     pub fn write_segments(&self, offset: usize, len: usize, out: &mut Vec<Segment>) -> bool {
         let mut done = 0;
         for_each_run(&self.writable, offset, len, |base, run| {
-            out.push(Segment { iov_base: base.cast(), iov_len: run });
+            out.push(Segment {
+                iov_base: base.cast(),
+                iov_len: run,
+            });
             done += run;
         });
         done == len
@@ -124,7 +138,12 @@ impl Chain {
     }
 }
 
-fn for_each_run(segments: &[Segment], offset: usize, len: usize, mut run: impl FnMut(*mut u8, usize)) {
+fn for_each_run(
+    segments: &[Segment],
+    offset: usize,
+    len: usize,
+    mut run: impl FnMut(*mut u8, usize),
+) {
     let (mut skip, mut left) = (offset, len);
     for segment in segments {
         if left == 0 {

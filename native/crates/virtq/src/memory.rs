@@ -19,7 +19,8 @@ pub struct RegionSpec {
 impl RegionSpec {
     /// Whether `self` and `other` share guest physical addresses.
     pub fn overlaps(&self, other: &RegionSpec) -> bool {
-        self.guest_addr < other.guest_addr + other.size && other.guest_addr < self.guest_addr + self.size
+        self.guest_addr < other.guest_addr + other.size
+            && other.guest_addr < self.guest_addr + self.size
     }
 }
 
@@ -49,7 +50,12 @@ unsafe impl Send for GuestMemory {}
 impl GuestMemory {
     /// Maps one more region. Fails on overlap, on overflow and when the file cannot be mapped.
     pub fn add(&mut self, spec: RegionSpec, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("memory region: {what}"));
+        let invalid = |what: &str| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("memory region: {what}"),
+            )
+        };
         if spec.size == 0
             || spec.guest_addr.checked_add(spec.size).is_none()
             || spec.user_addr.checked_add(spec.size).is_none()
@@ -59,7 +65,10 @@ impl GuestMemory {
         if self.regions.iter().any(|r| r.spec.overlaps(&spec)) {
             return Err(invalid("overlaps a region that is already there"));
         }
-        let map_len = spec.mmap_offset.checked_add(spec.size).ok_or_else(|| invalid("mmap offset overflows"))?;
+        let map_len = spec
+            .mmap_offset
+            .checked_add(spec.size)
+            .ok_or_else(|| invalid("mmap offset overflows"))?;
         let map_len = usize::try_from(map_len).map_err(|_| invalid("too large"))?;
         // The file must really be that long: a page behind its end would be a SIGBUS later.
         // SAFETY: fstat writes into a zeroed stat that we own.
@@ -68,7 +77,11 @@ impl GuestMemory {
             if libc::fstat(fd.as_raw_fd(), &mut stat) != 0 {
                 return Err(io::Error::last_os_error());
             }
-            if stat.st_mode & libc::S_IFMT == libc::S_IFREG { stat.st_size as u64 } else { u64::MAX }
+            if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
+                stat.st_size as u64
+            } else {
+                u64::MAX
+            }
         };
         if (map_len as u64) > file_len {
             return Err(invalid("is longer than its file"));
@@ -90,8 +103,18 @@ impl GuestMemory {
         }
         // SAFETY: mmap_offset is smaller than map_len.
         let host = unsafe { map.cast::<u8>().add(spec.mmap_offset as usize) };
-        let at = self.regions.partition_point(|r| r.spec.guest_addr < spec.guest_addr);
-        self.regions.insert(at, Region { spec, map: map.cast(), map_len, host });
+        let at = self
+            .regions
+            .partition_point(|r| r.spec.guest_addr < spec.guest_addr);
+        self.regions.insert(
+            at,
+            Region {
+                spec,
+                map: map.cast(),
+                map_len,
+                host,
+            },
+        );
         Ok(())
     }
 
@@ -121,14 +144,18 @@ impl GuestMemory {
             return None;
         }
         // SAFETY: `into` is inside the region.
-        Some((unsafe { region.host.add(into as usize) }, len.min(region.spec.size - into)))
+        Some((
+            unsafe { region.host.add(into as usize) },
+            len.min(region.spec.size - into),
+        ))
     }
 
     /// Host address of `len` bytes at the VMM's address `addr`, which must lie in one region.
     pub fn translate_user(&self, addr: u64, len: u64) -> Option<*mut u8> {
-        let region = self.regions.iter().find(|r| {
-            addr >= r.spec.user_addr && addr - r.spec.user_addr < r.spec.size
-        })?;
+        let region = self
+            .regions
+            .iter()
+            .find(|r| addr >= r.spec.user_addr && addr - r.spec.user_addr < r.spec.size)?;
         let into = addr - region.spec.user_addr;
         if len > region.spec.size - into {
             return None;

@@ -157,14 +157,24 @@ impl Vring {
                 return Err(ChainError::BadIndex);
             }
             // SAFETY: index < size, and the table of 16 * size bytes is mapped.
-            let d = unsafe { self.desc.add(16 * usize::from(index)).cast::<Descriptor>().read_volatile() };
+            let d = unsafe {
+                self.desc
+                    .add(16 * usize::from(index))
+                    .cast::<Descriptor>()
+                    .read_volatile()
+            };
             if d.flags & DESC_F_INDIRECT != 0 {
                 if d.flags & DESC_F_NEXT != 0 {
                     return Err(ChainError::BadIndirect);
                 }
                 return self.walk_indirect(mem, u64::from_le(d.addr), u32::from_le(d.len), chain);
             }
-            chain.push(mem, u64::from_le(d.addr), u32::from_le(d.len), d.flags & DESC_F_WRITE != 0)?;
+            chain.push(
+                mem,
+                u64::from_le(d.addr),
+                u32::from_le(d.len),
+                d.flags & DESC_F_WRITE != 0,
+            )?;
             if d.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -173,7 +183,13 @@ impl Vring {
         Err(ChainError::BadIndex)
     }
 
-    fn walk_indirect(&self, mem: &GuestMemory, table: u64, len: u32, chain: &mut Chain) -> Result<(), ChainError> {
+    fn walk_indirect(
+        &self,
+        mem: &GuestMemory,
+        table: u64,
+        len: u32,
+        chain: &mut Chain,
+    ) -> Result<(), ChainError> {
         let entries = len / 16;
         if entries == 0 || len % 16 != 0 || entries > 65536 {
             return Err(ChainError::BadIndirect);
@@ -183,7 +199,9 @@ impl Vring {
             if index >= entries {
                 return Err(ChainError::BadIndex);
             }
-            let addr = table.checked_add(16 * u64::from(index)).ok_or(ChainError::BadAddress)?;
+            let addr = table
+                .checked_add(16 * u64::from(index))
+                .ok_or(ChainError::BadAddress)?;
             let (host, run) = mem.translate(addr, 16).ok_or(ChainError::BadAddress)?;
             if run < 16 {
                 return Err(ChainError::BadAddress);
@@ -193,7 +211,12 @@ impl Vring {
             if d.flags & DESC_F_INDIRECT != 0 {
                 return Err(ChainError::BadIndirect);
             }
-            chain.push(mem, u64::from_le(d.addr), u32::from_le(d.len), d.flags & DESC_F_WRITE != 0)?;
+            chain.push(
+                mem,
+                u64::from_le(d.addr),
+                u32::from_le(d.len),
+                d.flags & DESC_F_WRITE != 0,
+            )?;
             if d.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -216,7 +239,8 @@ impl Vring {
 
     /// Shows the driver all used entries written so far.
     pub fn publish(&mut self) {
-        self.used_word(2).store(self.next_used.to_le(), Ordering::Release);
+        self.used_word(2)
+            .store(self.next_used.to_le(), Ordering::Release);
         self.published_used = self.next_used;
     }
 
@@ -230,16 +254,21 @@ impl Vring {
         // The index must be visible before the driver's wish is read, or a signal is lost.
         fence(Ordering::SeqCst);
         if !self.event_idx {
-            return u16::from_le(self.avail_word(0).load(Ordering::Relaxed)) & AVAIL_F_NO_INTERRUPT == 0;
+            return u16::from_le(self.avail_word(0).load(Ordering::Relaxed)) & AVAIL_F_NO_INTERRUPT
+                == 0;
         }
-        let event = u16::from_le(self.avail_word(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed));
+        let event = u16::from_le(
+            self.avail_word(4 + 2 * usize::from(self.size))
+                .load(Ordering::Relaxed),
+        );
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
     /// Asks the driver for a kick at its next buffer; true when one is there already (look again, do not sleep).
     pub fn arm(&mut self) -> bool {
         if self.event_idx {
-            self.used_word(4 + 8 * usize::from(self.size)).store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.used_word(4 + 8 * usize::from(self.size))
+                .store(self.next_avail.to_le(), Ordering::Relaxed);
         } else {
             self.used_word(0).store(0, Ordering::Relaxed);
         }
@@ -250,7 +279,8 @@ impl Vring {
     /// Tells the driver not to kick while buffers are being taken anyway.
     pub fn disarm(&mut self) {
         if !self.event_idx {
-            self.used_word(0).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            self.used_word(0)
+                .store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
         }
     }
 }

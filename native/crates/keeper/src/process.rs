@@ -1,0 +1,140 @@
+//! Processes: names, signals, pidfds, and what a child does before anything else.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// Sets the process's `comm` (at most 15 bytes).
+pub fn set_name(name: &CStr) {
+    // SAFETY: a NUL-terminated string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// Blocks `signals` and returns a descriptor that becomes readable when one is pending.
+pub fn signalfd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised before use; the descriptor is checked.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        for &signal in signals {
+            libc::sigaddset(&mut set, signal);
+        }
+        if libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// A pidfd of a child.
+pub fn pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call; the result is checked.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Waits for a child that has ended or is about to; its wait status.
+pub fn reap(pid: libc::pid_t) -> libc::c_int {
+    let mut status = 0;
+    loop {
+        // SAFETY: writes into `status`.
+        let n = unsafe { libc::waitpid(pid, &mut status, 0) };
+        if n == pid || io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return status;
+        }
+    }
+}
+
+/// SIGKILL, then wait: after this the child writes nothing anywhere.
+pub fn kill_and_reap(pid: libc::pid_t) -> libc::c_int {
+    // SAFETY: plain system call on our own child, which has not been reaped.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    reap(pid)
+}
+
+/// A wait status in words.
+pub fn describe_status(status: libc::c_int) -> String {
+    if libc::WIFSIGNALED(status) {
+        format!("signal {}", libc::WTERMSIG(status))
+    } else {
+        format!("exit code {}", libc::WEXITSTATUS(status))
+    }
+}
+
+/// What a freshly forked child does first: dies with `parent`, answers signals again, keeps only `keep` of the
+/// descriptors (and stderr), has nothing to do with the parent's stdin and stdout.
+pub fn become_child(name: &CStr, parent: u32, keep: &[RawFd]) {
+    set_name(name);
+    // SAFETY: plain system calls; the set is initialised before use.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        // The parent may have died before PDEATHSIG was set.
+        if libc::getppid() != parent as libc::pid_t {
+            libc::_exit(0);
+        }
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null >= 0 {
+            libc::dup2(null, 0);
+            libc::dup2(null, 1);
+            if null > 2 {
+                libc::close(null);
+            }
+        }
+    }
+    let mut keep: Vec<RawFd> = keep.iter().copied().filter(|&fd| fd > 2).collect();
+    keep.sort_unstable();
+    keep.dedup();
+    let mut first = 3u32;
+    for fd in keep.into_iter().map(|fd| fd as u32) {
+        if fd > first {
+            close_range(first, fd - 1);
+        }
+        first = fd + 1;
+    }
+    close_range(first, u32::MAX);
+}
+
+fn close_range(first: u32, last: u32) {
+    // SAFETY: plain system call; what is closed belongs to the parent's copies of its objects, which a child never
+    // drops (it leaves by _exit).
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+}
+
+/// When this process was started (exec), CLOCK_MONOTONIC in ns, with the kernel's resolution of 10 ms.
+pub fn start_time_ns() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // Field 22, counted behind the parenthesised comm, in clock ticks since boot.
+    let ticks: u64 = stat
+        .rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()?;
+    // SAFETY: plain library call.
+    let hz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    let since_boot = ticks.checked_mul(1_000_000_000)? / hz.max(1);
+    let mut boot = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: writes into `boot`.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut boot) };
+    let boot_now = boot.tv_sec as u64 * 1_000_000_000 + boot.tv_nsec as u64;
+    // The two clocks differ by the time spent in suspend.
+    session::clock::now_ns().checked_sub(boot_now.checked_sub(since_boot)?)
+}

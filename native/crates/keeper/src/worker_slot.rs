@@ -1,0 +1,286 @@
+//! The current worker: fork, commands, death, replacement.
+//!
+//! Whatever goes wrong with a worker has one remedy: kill it, reap it, fork another from the keeper's state. Nothing
+//! is lost, because everything that a worker must remember lies in shared memory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
+
+use session::Shared;
+use session::clock::now_ns;
+use virtq::RegionSpec;
+use worker::channel::{self, Command};
+use worker::{MountFds, RingSetup, Setup, thread_of};
+
+use crate::mount_table::{ControlMessage, MountTable};
+use crate::process;
+
+/// A worker answers a command within microseconds; one that needs longer hangs. GET_VRING_BASE has to be answered
+/// within 100 ms, replacement included.
+const ANSWER_MS: i32 = 50;
+/// A worker that dies at once again and again is forked anew after pauses that grow up to this.
+const MAX_PAUSE_NS: u64 = 1_000_000_000;
+/// A worker that lived so long was all right.
+const HEALTHY_NS: u64 = 1_000_000_000;
+
+struct Running {
+    pid: libc::pid_t,
+    pidfd: OwnedFd,
+    channels: Vec<OwnedFd>,
+    started_ns: u64,
+}
+
+/// The worker, or the place where it will be.
+pub struct WorkerSlot {
+    shared: &'static Shared,
+    mounts: MountTable,
+    running: Option<Running>,
+    wakes: Vec<RawFd>,
+    post: RawFd,
+    pause_ns: u64,
+    due_ns: u64,
+    /// Progress that each thread had at the last look, for the heartbeat.
+    seen_progress: Vec<(u64, u64)>,
+}
+
+impl WorkerSlot {
+    /// No worker yet.
+    pub fn new(shared: &'static Shared, wakes: Vec<RawFd>, post: RawFd) -> WorkerSlot {
+        let seen_progress = vec![(0, 0); wakes.len()];
+        WorkerSlot {
+            shared,
+            mounts: MountTable::default(),
+            running: None,
+            wakes,
+            post,
+            pause_ns: 0,
+            due_ns: 0,
+            seen_progress,
+        }
+    }
+
+    /// Takes a message of control in; true when an image is mounted by it.
+    pub fn mount_message(&mut self, message: ControlMessage) -> io::Result<bool> {
+        self.mounts.message(message)
+    }
+
+    /// Whether there is something to serve.
+    pub fn has_mount(&self) -> bool {
+        self.mounts.current.is_some()
+    }
+
+    /// Descriptors of the mounted image.
+    pub fn mount_fds(&self) -> Option<MountFds> {
+        self.mounts.current.as_ref().map(|m| m.fds())
+    }
+
+    /// Whether a worker runs, as far as is known.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Becomes readable when the worker ends.
+    pub fn pidfd(&self) -> Option<RawFd> {
+        self.running.as_ref().map(|r| r.pidfd.as_raw_fd())
+    }
+
+    /// When the next worker may be forked, if one has to wait for its predecessor's sake.
+    pub fn spawn_due_ns(&self) -> Option<u64> {
+        (self.running.is_none() && self.due_ns > 0).then_some(self.due_ns)
+    }
+
+    /// Forks a worker with the given state, unless it is too early after a crash.
+    pub fn spawn(
+        &mut self,
+        regions: &[(RegionSpec, File)],
+        rings: Vec<RingSetup>,
+    ) -> io::Result<bool> {
+        let Some(mount) = self.mount_fds() else {
+            return Ok(false);
+        };
+        if now_ns() < self.due_ns {
+            return Ok(false);
+        }
+        self.due_ns = 0;
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in &self.wakes {
+            let (a, b) = channel::pair()?;
+            ours.push(a);
+            theirs.push(b);
+        }
+        let regions: Vec<_> = regions
+            .iter()
+            .map(|(spec, file)| (*spec, file.as_raw_fd()))
+            .collect();
+        for thread in 0..self.wakes.len() {
+            self.shared
+                .thread(thread)
+                .busy_since_ns
+                .store(0, Ordering::Relaxed);
+        }
+        // SAFETY: this process has one thread, so the child may do what it likes.
+        let pid = unsafe { libc::fork() };
+        if pid < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if pid == 0 {
+            let setup = Setup {
+                shared: self.shared,
+                regions,
+                rings,
+                mount,
+                channels: theirs.iter().map(AsRawFd::as_raw_fd).collect(),
+                wakes: self.wakes.clone(),
+                post: self.post,
+            };
+            run_child(setup);
+        }
+        let record = self.shared.record();
+        record.worker_pid.store(pid as u32, Ordering::Relaxed);
+        record.worker_generation.fetch_add(1, Ordering::Relaxed);
+        let pidfd = process::pidfd(pid)?;
+        self.running = Some(Running {
+            pid,
+            pidfd,
+            channels: ours,
+            started_ns: now_ns(),
+        });
+        Ok(true)
+    }
+
+    /// Sends a command to the thread that serves the command's queue. `None`: it did not answer in time.
+    pub fn command(&self, command: &Command, fds: &[RawFd]) -> Option<channel::Answer> {
+        let thread = thread_of(command.queue as usize, self.wakes.len());
+        self.command_thread(thread, command, fds)
+    }
+
+    /// Sends a command to every thread; false when one did not answer.
+    pub fn command_all(&self, command: &Command, fds: &[RawFd]) -> bool {
+        (0..self.wakes.len()).all(|thread| self.command_thread(thread, command, fds).is_some())
+    }
+
+    fn command_thread(
+        &self,
+        thread: usize,
+        command: &Command,
+        fds: &[RawFd],
+    ) -> Option<channel::Answer> {
+        let socket = self.running.as_ref()?.channels.get(thread)?.as_raw_fd();
+        channel::send_command(socket, command, fds).ok()?;
+        channel::receive_answer(socket, ANSWER_MS)
+    }
+
+    /// Has the chunks of all parked requests posted again.
+    pub fn repost(&self) {
+        if self.running.is_some() {
+            self.command_all(&Command::new(channel::Op::Repost, 0), &[]);
+        }
+    }
+
+    /// Ends the worker on purpose.
+    pub fn kill(&mut self) {
+        if let Some(running) = self.running.take() {
+            process::kill_and_reap(running.pid);
+            self.gone();
+        }
+    }
+
+    /// Ends a worker that does not answer or makes no progress: a crash of its own making. Returns its status.
+    pub fn kill_stuck(&mut self) {
+        if self.running.is_some() {
+            eprintln!("rafs-keeper: the worker hangs and is replaced");
+            self.kill();
+            self.note_crash();
+        }
+    }
+
+    /// Reaps a worker that ended by itself. True when what it was doing may be to blame: a SIGKILL came from outside.
+    pub fn reap(&mut self) -> bool {
+        let Some(running) = self.running.take() else {
+            return false;
+        };
+        let status = process::reap(running.pid);
+        self.gone();
+        let lived = now_ns().saturating_sub(running.started_ns);
+        self.pause_ns = if lived > HEALTHY_NS {
+            0
+        } else {
+            (self.pause_ns * 2).clamp(1_000_000, MAX_PAUSE_NS)
+        };
+        // The first crash costs nothing; only a worker that dies at once again and again has to wait.
+        self.due_ns = if self.pause_ns > 16_000_000 {
+            now_ns() + self.pause_ns
+        } else {
+            0
+        };
+        self.note_crash();
+        eprintln!(
+            "rafs-keeper: the worker ended ({}) and is replaced",
+            process::describe_status(status)
+        );
+        !(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL)
+    }
+
+    fn gone(&self) {
+        let record = self.shared.record();
+        record.worker_pid.store(0, Ordering::Relaxed);
+        record.worker_reaped_ns.store(now_ns(), Ordering::Relaxed);
+    }
+
+    fn note_crash(&self) {
+        self.shared
+            .record()
+            .worker_crashes
+            .fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether a thread has been busy without progress for longer than `limit_ns`.
+    pub fn is_stuck(&mut self, limit_ns: u64) -> bool {
+        if self.running.is_none() {
+            return false;
+        }
+        let now = now_ns();
+        let mut stuck = false;
+        for (thread, seen) in self.seen_progress.iter_mut().enumerate() {
+            let record = self.shared.thread(thread);
+            let progress = record.progress.load(Ordering::Relaxed);
+            let busy_since = record.busy_since_ns.load(Ordering::Relaxed);
+            if busy_since == 0 || progress != seen.0 {
+                *seen = (progress, now);
+            } else if now.saturating_sub(seen.1) > limit_ns {
+                stuck = true;
+            }
+        }
+        stuck
+    }
+}
+
+/// The child's side of the fork; never returns into the keeper's code.
+fn run_child(setup: Setup) -> ! {
+    let mut keep = vec![
+        setup.shared.raw_fd(),
+        setup.post,
+        setup.mount.bootstrap,
+        setup.mount.spill,
+    ];
+    keep.extend(&setup.wakes);
+    keep.extend(&setup.channels);
+    keep.extend(setup.regions.iter().map(|(_, fd)| *fd));
+    keep.extend(setup.rings.iter().flat_map(|r| [r.kick, r.call]).flatten());
+    keep.extend(
+        setup
+            .mount
+            .blobs
+            .iter()
+            .flat_map(|b| [Some(b.state), Some(b.extents), b.data])
+            .flatten(),
+    );
+    let parent = setup.shared.record().keeper_pid.load(Ordering::Relaxed);
+    process::become_child(c"rafs-worker", parent, &keep);
+    let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker::run(setup)))
+        .unwrap_or(101);
+    // SAFETY: ends the process without running the parent's destructors or Python's exit handlers.
+    unsafe { libc::_exit(code) }
+}

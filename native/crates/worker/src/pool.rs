@@ -1,0 +1,193 @@
+//! Disk reads that would block. They go into buffers of their own, never into guest memory: a ring can be stopped
+//! at once, whatever a disk does, and only ring threads write to the guest.
+
+use std::os::fd::RawFd;
+use std::sync::{Condvar, Mutex};
+
+/// A part of a request's data: bytes of a file.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    pub fd: RawFd,
+    pub offset: u64,
+    pub len: u32,
+    pub blob_index: u16,
+    pub chunk_index: u32,
+    pub stamp: u64,
+    /// The file is a memfd: reading it never blocks.
+    pub in_memory: bool,
+}
+
+/// Which request a read belongs to. `epoch` tells whether the queue has been stopped since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    pub queue: usize,
+    pub epoch: u64,
+    pub head: u16,
+}
+
+/// A read on its way.
+pub struct Job {
+    pub thread: usize,
+    pub ticket: Ticket,
+    pub pieces: Vec<Piece>,
+    /// When the request was taken, and whether it has waited for chunks.
+    pub taken_ns: u64,
+    pub waited: bool,
+}
+
+/// A read that has ended: the bytes of all pieces, or the errno.
+pub struct Finished {
+    pub ticket: Ticket,
+    pub pieces: Vec<Piece>,
+    pub data: Result<Vec<u8>, i32>,
+    pub taken_ns: u64,
+    pub waited: bool,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: std::collections::VecDeque<Job>,
+    idle: usize,
+    running: usize,
+}
+
+/// Threads that block instead of ring threads. None exists until the first read needs one.
+pub struct Pool {
+    state: Mutex<State>,
+    available: Condvar,
+    finished: Vec<Mutex<Vec<Finished>>>,
+    events: Vec<RawFd>,
+}
+
+/// Disks profit from a few reads at a time; more threads would only cost memory.
+const MAX_THREADS: usize = 4;
+
+fn eventfd() -> RawFd {
+    // SAFETY: plain system call. A failure (-1) shows as an epoll error in the ring thread.
+    unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) }
+}
+
+impl Pool {
+    /// A pool that reports to `threads` ring threads.
+    pub fn new(threads: usize) -> Pool {
+        Pool {
+            state: Mutex::default(),
+            available: Condvar::new(),
+            finished: (0..threads).map(|_| Mutex::default()).collect(),
+            events: (0..threads).map(|_| eventfd()).collect(),
+        }
+    }
+
+    /// eventfd that becomes readable when reads of `thread` have ended.
+    pub fn event(&self, thread: usize) -> RawFd {
+        self.events[thread]
+    }
+
+    /// Hands a read over.
+    pub fn submit(&'static self, job: Job) {
+        let mut state = self.lock();
+        state.jobs.push_back(job);
+        if state.idle == 0 && state.running < MAX_THREADS {
+            let spawned = std::thread::Builder::new()
+                .name("rafs-pool".into())
+                .stack_size(128 * 1024)
+                .spawn(move || self.work());
+            if spawned.is_ok() {
+                state.running += 1;
+            }
+        }
+        drop(state);
+        self.available.notify_one();
+    }
+
+    /// Reads of `thread` that have ended.
+    pub fn take_finished(&self, thread: usize) -> Vec<Finished> {
+        std::mem::take(
+            &mut *self.finished[thread]
+                .lock()
+                .unwrap_or_else(|e| e.into_inner()),
+        )
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn work(&self) {
+        loop {
+            let job = {
+                let mut state = self.lock();
+                loop {
+                    if let Some(job) = state.jobs.pop_front() {
+                        break job;
+                    }
+                    state.idle += 1;
+                    state = self
+                        .available
+                        .wait(state)
+                        .unwrap_or_else(|e| e.into_inner());
+                    state.idle -= 1;
+                }
+            };
+            let data = read_all(&job.pieces);
+            let Job {
+                ticket,
+                pieces,
+                taken_ns,
+                waited,
+                ..
+            } = job;
+            let done = Finished {
+                ticket,
+                pieces,
+                data,
+                taken_ns,
+                waited,
+            };
+            self.finished[job.thread]
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .push(done);
+            let one = 1u64.to_ne_bytes();
+            // SAFETY: eight bytes to an eventfd; it only fails when the counter is full, and then it is readable.
+            unsafe { libc::write(self.events[job.thread], one.as_ptr().cast(), 8) };
+        }
+    }
+}
+
+fn read_all(pieces: &[Piece]) -> Result<Vec<u8>, i32> {
+    let total = pieces.iter().map(|p| p.len as usize).sum();
+    let mut data = vec![0u8; total];
+    let mut at = 0;
+    for piece in pieces {
+        let end = at + piece.len as usize;
+        let mut offset = piece.offset;
+        while at < end {
+            // SAFETY: reads at most `end - at` bytes into the buffer from `at`.
+            let n = unsafe {
+                libc::pread(
+                    piece.fd,
+                    data[at..end].as_mut_ptr().cast(),
+                    end - at,
+                    offset as libc::off_t,
+                )
+            };
+            match n {
+                0 => return Err(libc::EIO),
+                n if n > 0 => {
+                    at += n as usize;
+                    offset += n as u64;
+                }
+                _ => {
+                    let errno = std::io::Error::last_os_error()
+                        .raw_os_error()
+                        .unwrap_or(libc::EIO);
+                    if errno != libc::EINTR {
+                        return Err(errno);
+                    }
+                }
+            }
+        }
+    }
+    Ok(data)
+}

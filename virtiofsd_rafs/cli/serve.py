@@ -1,0 +1,114 @@
+"""``virtiofsd-rafs serve``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from virtiofsd_rafs.config import (
+    DEFAULT_AMPLIFY,
+    DEFAULT_CONNECTIONS,
+    DEFAULT_IO_DEADLINE_S,
+    DEFAULT_SPILL_SIZE,
+    LOG_LEVELS,
+    PULLS,
+    ServeConfig,
+    default_api_socket,
+    default_cache_dir,
+)
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("image")
+@click.option("--socket-path", type=_PATH, required=True, help="Bind the vhost-user socket here.")
+@click.option("--api-socket", type=_PATH, help="Bind the API's socket here.  [default: SOCKET_PATH.api]")
+@click.option(
+    "--cache-dir", type=_PATH, default=default_cache_dir, show_default=True, help="Keep blobs here."
+)
+@click.option("--no-cache", is_flag=True, help="Use no disk: bounded memory instead.")
+@click.option(
+    "--blob-dir", type=_PATH, help="Read blobs from this directory (IMAGE is a bootstrap file then)."
+)
+@click.option(
+    "--pull",
+    type=click.Choice(PULLS),
+    default="missing",
+    show_default=True,
+    help="When to ask the registry what a tag means: missing starts a known tag without asking.",
+)
+@click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
+@click.option("--ca-file", type=_PATH, help="Trust the certificates in this PEM file.")
+@click.option(
+    "--allow-unverified", is_flag=True, help="Serve images that lack digests for some of their data."
+)
+@click.option(
+    "--io-deadline",
+    type=click.FloatRange(1, 3600),
+    default=DEFAULT_IO_DEADLINE_S,
+    show_default=True,
+    help="Seconds that a guest's request may wait for its data before it fails with EIO.",
+)
+@click.option(
+    "--amplify", type=int, default=DEFAULT_AMPLIFY, show_default=True, help="Bytes a fetch may span."
+)
+@click.option(
+    "--connections", type=int, default=DEFAULT_CONNECTIONS, show_default=True, help="Fetches at once."
+)
+@click.option(
+    "--spill-size",
+    type=int,
+    default=DEFAULT_SPILL_SIZE,
+    show_default=True,
+    help="Bytes of memory that stand in when the cache disk is missing or full.",
+)
+@click.option("--keep", is_flag=True, help="Listen again when the VMM has gone, instead of ending.")
+@click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
+def serve(
+    image: str,
+    socket_path: Path,
+    api_socket: Path | None,
+    cache_dir: Path,
+    no_cache: bool,
+    blob_dir: Path | None,
+    pull: str,
+    plain_http: bool,
+    ca_file: Path | None,
+    allow_unverified: bool,
+    io_deadline: float,
+    amplify: int,
+    connections: int,
+    spill_size: int,
+    keep: bool,
+    log_level: str,
+) -> None:
+    """Serve IMAGE to one VM over vhost-user until the VM ends.
+
+    IMAGE is a registry reference (host/repository:tag[@digest]) or a bootstrap file with --blob-dir.
+
+    \b
+    Example: virtiofsd-rafs serve registry.example/app:1 --socket-path rafs.sock
+    """
+    config = ServeConfig(
+        image=image,
+        socket_path=socket_path,
+        api_socket=api_socket or default_api_socket(socket_path),
+        cache_dir=None if no_cache else cache_dir,
+        blob_dir=blob_dir,
+        pull=pull,  # type: ignore[arg-type]  # click has checked the choice
+        io_deadline_s=io_deadline,
+        plain_http=plain_http,
+        ca_file=ca_file,
+        allow_unverified=allow_unverified,
+        log_level=log_level,  # type: ignore[arg-type]  # click has checked the choice
+        keep=keep,
+        amplify=amplify,
+        connections=connections,
+        spill_size=spill_size,
+    )
+    from virtiofsd_rafs.runtime.serve import serve as run
+
+    sys.exit(run(config))

@@ -1,0 +1,113 @@
+"""The process that the user started: binds sockets, forks control, becomes the keeper.
+
+Sockets are bound before anything heavy is imported, because VMMs and orchestrators wait for them. The native
+loop runs here from then on; it comes back to Python only when control has to be forked.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from virtiofsd_rafs.errors import SocketSetupError, VirtiofsdRafsError
+from virtiofsd_rafs.native.session import ForkControl, Session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from virtiofsd_rafs.config import ServeConfig
+
+# sun_path of sockaddr_un, without the terminating NUL (unix(7)).
+_MAX_SOCKET_PATH = 107
+
+
+def bind_socket(path: Path, *, mode: int) -> socket.socket:
+    """A listening unix socket at *path*.
+
+    A socket file that nobody listens on any more is replaced; anything else that is there is left alone.
+    Raises SocketSetupError.
+    """
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+        raise SocketSetupError(
+            f"{path}: a socket path has at most {_MAX_SOCKET_PATH} bytes", remedy="use a shorter path"
+        )
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old_umask = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(os.fspath(path))
+        sock.listen(16)
+    except OSError as e:
+        sock.close()
+        raise SocketSetupError(
+            f"{path}: cannot be bound: {e.strerror}", remedy="does its folder exist, and may you write to it?"
+        ) from e
+    finally:
+        os.umask(old_umask)
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_socket():
+        raise SocketSetupError(f"{path}: is there and is no socket", remedy="remove it, or name another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as e:
+            raise SocketSetupError(f"{path}: {e.strerror}") from e
+    raise SocketSetupError(f"{path}: another process listens there", remedy="end it, or name another path")
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve *config*'s image until the front-end goes or a signal comes; the exit code."""
+    if config.socket_path is None:
+        raise SocketSetupError("no socket path was given", remedy="--socket-path PATH")
+    listener = bind_socket(config.socket_path, mode=0o600)
+    paths = [config.socket_path]
+    try:
+        api = bind_socket(config.api_socket, mode=0o600)
+        paths.append(config.api_socket)
+        session = Session.create(listener.detach(), io_deadline_s=config.io_deadline_s, keep=config.keep)
+        return _run(session, api, config)
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def _run(session: Session, api: socket.socket, config: ServeConfig) -> int:
+    while True:
+        event = session.run()
+        if not isinstance(event, ForkControl):
+            return event
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_control(session, event.fd, api, config))
+        os.close(event.fd)
+        session.control_started(pid)
+
+
+def _control(session: Session, keeper_fd: int, api: socket.socket, config: ServeConfig) -> int:
+    """The life of control, in the child. Nothing of the parent's may run when it ends."""
+    try:
+        session.become_control([keeper_fd, api.fileno()])
+        from virtiofsd_rafs.runtime import control
+
+        keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=keeper_fd)
+        return control.main(session, keeper, api, config)
+    except VirtiofsdRafsError as e:
+        print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr)
+        return e.exit_code
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return 70
+    finally:
+        sys.stderr.flush()
