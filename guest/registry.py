@@ -65,7 +65,8 @@ class Registry:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
             try:
                 connection.request("GET", "/v2/")
-                if connection.getresponse().status == http.HTTPStatus.OK:
+                # A registry that asks for a password is ready, too.
+                if connection.getresponse().status in (http.HTTPStatus.OK, http.HTTPStatus.UNAUTHORIZED):
                     return
             except OSError:
                 pass

@@ -46,6 +46,7 @@ install_build_tools() {
     want rustfmt have_rustfmt rustfmt-web
     want clippy have_clippy rust-web-clippy
     want docker-registry "is docker-registry" docker-registry
+    want openssl "is openssl" openssl
     want erofs-utils "is fsck.erofs" erofs-utils
     # A registry for tests is started by the tests. The package's own service would listen on all interfaces.
     case " ${MISSING_PACKAGES[*]} " in
