@@ -105,8 +105,9 @@ impl Device {
     }
 
     fn replace_stuck(&mut self) {
-        self.slot.kill_stuck();
-        self.count_crash();
+        if self.slot.kill_stuck() {
+            self.count_crash();
+        }
         self.spawn_if_needed();
     }
 
@@ -204,11 +205,7 @@ impl Device {
         match self.slot.command(&command, &fds) {
             // A worker that dies here leaves a log that it has reset, or one that is resumed.
             Some(_) => self.rings[index].log_valid = true,
-            None => {
-                self.slot.kill_stuck();
-                self.count_crash();
-                self.spawn_if_needed();
-            }
+            None => self.replace_stuck(),
         }
     }
 
@@ -233,8 +230,9 @@ impl Device {
             if base.is_some() || !self.slot.is_running() {
                 break;
             }
-            self.slot.kill_stuck();
-            self.count_crash();
+            if self.slot.kill_stuck() {
+                self.count_crash();
+            }
         }
         let base = base.unwrap_or_else(|| self.shared.log(index).next_avail());
         let ring = &mut self.rings[index];

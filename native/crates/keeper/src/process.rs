@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Sets the process's `comm` (at most 15 bytes).
 pub fn set_name(name: &CStr) {
@@ -53,10 +53,26 @@ pub fn reap(pid: libc::pid_t) -> libc::c_int {
     }
 }
 
+/// SIGKILL to a child that has not been reaped.
+pub fn kill(pid: libc::pid_t) {
+    // SAFETY: plain system call.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+}
+
+/// Whether the process behind `pidfd` has ended (it may still have to be reaped).
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd {
+        fd: pidfd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd that we own.
+    unsafe { libc::poll(&mut poll, 1, 0) > 0 }
+}
+
 /// SIGKILL, then wait: after this the child writes nothing anywhere.
 pub fn kill_and_reap(pid: libc::pid_t) -> libc::c_int {
-    // SAFETY: plain system call on our own child, which has not been reaped.
-    unsafe { libc::kill(pid, libc::SIGKILL) };
+    kill(pid);
     reap(pid)
 }
 

@@ -22,14 +22,17 @@ use crate::process;
 const ANSWER_MS: i32 = 50;
 /// A worker that dies at once again and again is forked anew after pauses that grow up to this.
 const MAX_PAUSE_NS: u64 = 1_000_000_000;
-/// A worker that lived so long was all right.
-const HEALTHY_NS: u64 = 1_000_000_000;
+/// The pause after a worker that did nothing, doubled each time.
+const MIN_PAUSE_NS: u64 = 1_000_000;
+/// Up to here the pause is not made: a few unlucky deaths in a row cost the guest nothing.
+const FREE_PAUSE_NS: u64 = 16_000_000;
 
 struct Running {
     pid: libc::pid_t,
     pidfd: OwnedFd,
     channels: Vec<OwnedFd>,
-    started_ns: u64,
+    /// Progress of all threads when it was forked.
+    progress: u64,
 }
 
 /// The worker, or the place where it will be.
@@ -145,7 +148,7 @@ impl WorkerSlot {
             pid,
             pidfd,
             channels: ours,
-            started_ns: now_ns(),
+            progress: self.progress(),
         });
         Ok(true)
     }
@@ -187,35 +190,39 @@ impl WorkerSlot {
         }
     }
 
-    /// Ends a worker that does not answer or makes no progress: a crash of its own making. Returns its status.
-    pub fn kill_stuck(&mut self) {
-        if self.running.is_some() {
-            eprintln!("rafs-keeper: the worker hangs and is replaced");
-            self.kill();
-            self.note_crash();
+    /// Replaces a worker that does not answer or makes no progress. True when what it was doing may be to blame.
+    pub fn kill_stuck(&mut self) -> bool {
+        let Some(running) = &self.running else {
+            return false;
+        };
+        let died = process::has_ended(&running.pidfd);
+        if !died {
+            eprintln!("rafs-keeper: the worker hangs");
+            process::kill(running.pid);
         }
+        self.reap() || !died
     }
 
-    /// Reaps a worker that ended by itself. True when what it was doing may be to blame: a SIGKILL came from outside.
+    /// Reaps a worker that ended. True when what it was doing may be to blame: a SIGKILL comes from outside.
     pub fn reap(&mut self) -> bool {
         let Some(running) = self.running.take() else {
             return false;
         };
         let status = process::reap(running.pid);
         self.gone();
-        let lived = now_ns().saturating_sub(running.started_ns);
-        self.pause_ns = if lived > HEALTHY_NS {
+        // Only a worker that dies before it has done anything has to wait: it would do so for ever.
+        self.pause_ns = if self.progress() != running.progress {
             0
         } else {
-            (self.pause_ns * 2).clamp(1_000_000, MAX_PAUSE_NS)
+            (self.pause_ns * 2).clamp(MIN_PAUSE_NS, MAX_PAUSE_NS)
         };
-        // The first crash costs nothing; only a worker that dies at once again and again has to wait.
-        self.due_ns = if self.pause_ns > 16_000_000 {
+        self.due_ns = if self.pause_ns > FREE_PAUSE_NS {
             now_ns() + self.pause_ns
         } else {
             0
         };
-        self.note_crash();
+        let crashes = &self.shared.record().worker_crashes;
+        crashes.fetch_add(1, Ordering::Relaxed);
         eprintln!(
             "rafs-keeper: the worker ended ({}) and is replaced",
             process::describe_status(status)
@@ -223,17 +230,16 @@ impl WorkerSlot {
         !(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL)
     }
 
+    fn progress(&self) -> u64 {
+        (0..self.wakes.len())
+            .map(|thread| self.shared.thread(thread).progress.load(Ordering::Relaxed))
+            .fold(0, u64::wrapping_add)
+    }
+
     fn gone(&self) {
         let record = self.shared.record();
         record.worker_pid.store(0, Ordering::Relaxed);
         record.worker_reaped_ns.store(now_ns(), Ordering::Relaxed);
-    }
-
-    fn note_crash(&self) {
-        self.shared
-            .record()
-            .worker_crashes
-            .fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether a thread has been busy without progress for longer than `limit_ns`.

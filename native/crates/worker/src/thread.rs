@@ -446,6 +446,7 @@ impl RingThread {
             }
             // One by one, so that a request which kills its worker takes no other one's answer along.
             queue.publish();
+            self.step();
         }
         // Nobody knows what the driver was told before the crash or the stop: tell it once more.
         if ring.resume {
