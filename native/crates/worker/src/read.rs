@@ -67,8 +67,17 @@ impl Reader {
             return Ok(ReadOutcome::Copied(0));
         }
         if node.layout != Layout::ChunkBased {
-            let data = tree.inline_data(&node, asked.offset, len)?;
-            return Ok(ReadOutcome::Copied(chain.write_at(skip, data)));
+            // Two pieces when the range reaches into the block behind the inode: less would mean the end of the file.
+            let mut copied = 0;
+            while (copied as u64) < len {
+                let (at, left) = (asked.offset + copied as u64, len - copied as u64);
+                let data = tree.inline_data(&node, at, left)?;
+                if data.is_empty() {
+                    break;
+                }
+                copied += chain.write_at(skip + copied, data);
+            }
+            return Ok(ReadOutcome::Copied(copied));
         }
         for _ in 0..MAX_TRIES {
             self.locate(mount, tree, &node, asked.offset, len)?;
