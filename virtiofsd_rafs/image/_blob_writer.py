@@ -116,7 +116,8 @@ class BlobWriter:
             )
         ]
         array = b"".join(map(build_v1, self.chunks))
-        stored = self._compress(array)
+        # A table of contents has no number for gzip.
+        stored = array if self._compressor == c.Compressor.GZIP else self._compress(array)
         ci_compressor = self._compressor if len(stored) < len(array) else c.Compressor.NONE
         ci_offset = self._offset
         header = build_header(
