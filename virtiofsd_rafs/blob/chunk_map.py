@@ -139,8 +139,9 @@ def _from_entry(index: int, entry: CiEntry, digest: bytes | None) -> ChunkInfo:
 def _check(blob: BlobEntry, chunk: ChunkInfo, where: str) -> None:
     """Everything about one chunk that its blob decides."""
     where = f"{where}, chunk {chunk.chunk_index} of blob {blob.index}"
-    served = c.ChunkFlags.COMPRESSED | c.ChunkFlags.HAS_CRC32
-    if chunk.flags & ~(served | c.ChunkFlags.ENCRYPTED | c.ChunkFlags.BATCH):
+    # Plain numbers: ~ of an IntFlag knows nothing of the unknown bits.
+    served = int(c.ChunkFlags.COMPRESSED | c.ChunkFlags.HAS_CRC32)
+    if chunk.flags & ~(served | int(c.ChunkFlags.ENCRYPTED | c.ChunkFlags.BATCH)):
         raise BadImage(where, f"flags {chunk.flags:#x}")
     if chunk.flags & ~served:
         raise UnsupportedFeature(f"{where}: encrypted and batched chunks are not supported")

@@ -182,9 +182,9 @@ def parse_superblock(buf: Buffer) -> SuperBlock:
 def _check_ext(buf: Buffer, sb: c.ErofsSuperBlock, ext: c.ExtSuperBlock) -> tuple[c.Compressor, c.Digester]:
     base = c.EXT_SUPER_OFFSET
     bad = c.EXT_SUPER_BLOCK.bad
-    known = 0
+    known = 0  # a plain number: ~ of an IntFlag knows nothing of the unknown bits
     for flag in c.SuperFlags:
-        known |= flag
+        known |= flag.value
     if unknown := ext.flags & ~(known | c.COMPATIBLE_FLAGS):
         raise bad("flags", f"unknown bits {unknown:#x}", base)
     if ext.flags & c.SuperFlags.TARFS_MODE:
@@ -252,9 +252,9 @@ def _check_blob(r: c.BlobRecord, base: int, index: int, sb: SuperBlock) -> None:
             raise bad(field, f"{getattr(r, field)} is unknown", base)
     if r.digest_algo not in c.Digester.__members__.values():
         raise bad("digest_algo", f"{r.digest_algo} is unknown", base)
-    known = 0
+    known = 0  # a plain number: ~ of an IntFlag knows nothing of the unknown bits
     for feature in c.BlobFeatures:
-        known |= feature
+        known |= feature.value
     if unknown := r.features & c.INCOMPATIBLE_BLOB_FEATURES & ~known:
         raise bad("features", f"unknown bits {unknown:#x}", base)
     if unserved := r.features & _UNSERVED:
