@@ -161,6 +161,7 @@ pub struct Entries<'a> {
     index: usize,
     block: Option<Block<'a>>,
     previous: Option<&'a [u8]>,
+    started: bool,
     done: bool,
 }
 
@@ -173,8 +174,21 @@ impl<'a> Entries<'a> {
             index: (cookie & ((1 << COOKIE_BITS) - 1)) as usize,
             block: None,
             previous: None,
+            started: false,
             done: false,
         }
+    }
+
+    /// The name before the place that a cookie stands for, so that the order is checked across calls as well.
+    fn name_before(&self) -> Result<Option<&'a [u8]>> {
+        let (block_index, count) = match (self.index, self.block_index.checked_sub(1)) {
+            (0, None) => return Ok(None),
+            (0, Some(before)) => (before, usize::MAX),
+            (index, _) => (self.block_index, index),
+        };
+        let block = Block::read(self.image, &self.dir, block_index)?;
+        let (name, ..) = block.entry(count.min(block.count) - 1)?;
+        Ok(Some(name))
     }
 
     fn advance(&mut self) -> Result<Option<Dirent<'a>>> {
@@ -182,6 +196,10 @@ impl<'a> Entries<'a> {
         loop {
             if self.block_index >= self.dir.size.div_ceil(BLOCK_SIZE) {
                 return Ok(None);
+            }
+            if !self.started {
+                self.previous = self.name_before()?;
+                self.started = true;
             }
             let block = match self.block {
                 Some(block) => block,
@@ -200,7 +218,7 @@ impl<'a> Entries<'a> {
             }
             self.previous = Some(name);
             self.index += 1;
-            let next_cookie = self.block_index << COOKIE_BITS | self.index as u64;
+            let next_cookie = (self.block_index << COOKIE_BITS) | self.index as u64;
             return Ok(Some(Dirent {
                 name,
                 nid,

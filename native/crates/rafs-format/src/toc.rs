@@ -3,6 +3,8 @@
 //! What is parsed here must have been authenticated first, by the digest in the blob table
 //! ([`crate::BlobEntry::trusted_toc`]).
 
+use std::ops::Range;
+
 use crate::algorithm::Compressor;
 use crate::error::{FormatError, Result};
 use crate::format::*;
@@ -10,7 +12,10 @@ use crate::format::*;
 const ENTRY_SIZE: usize = 128;
 const NAME_SIZE: usize = 16;
 const TAR_NAME: &[u8; 14] = b"rafs.blob.toc\0";
-const TAR_SIZE_FIELD: usize = 124;
+const TAR_SIZE: Range<usize> = 124..136;
+const TAR_CHECKSUM: Range<usize> = 148..156;
+/// Readers look for the table in so many bytes at the end of a blob.
+const TOC_MAX: u64 = 4096;
 
 /// Section with the chunk-info array.
 pub const BLOB_META: &str = "blob.meta";
@@ -54,7 +59,7 @@ impl Toc {
     pub fn parse(tail: &[u8], blob_size: u64) -> Result<Toc> {
         let Some(size) = (tail.len() as u64)
             .checked_sub(TAR_HEADER_SIZE)
-            .filter(|s| s % ENTRY_SIZE as u64 == 0)
+            .filter(|s| s % ENTRY_SIZE as u64 == 0 && s + TAR_HEADER_SIZE <= TOC_MAX)
         else {
             return Err(FormatError::malformed(
                 "toc",
@@ -73,7 +78,21 @@ impl Toc {
                 "not that of a table of contents",
             ));
         }
-        if octal(&bytes_at::<_, 12>(header, TAR_SIZE_FIELD)) != Some(size) {
+        let blank = header
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| match TAR_CHECKSUM.contains(&at) {
+                true => u64::from(b' '),
+                false => u64::from(*byte),
+            });
+        if octal(header.get(TAR_CHECKSUM)) != Some(blank.sum()) {
+            return Err(FormatError::malformed(
+                "toc.tar_header",
+                size,
+                "the checksum is wrong",
+            ));
+        }
+        if octal(header.get(TAR_SIZE)) != Some(size) {
             return Err(FormatError::malformed(
                 "toc.tar_header",
                 size,
@@ -84,9 +103,25 @@ impl Toc {
         let sections = records_of::<ENTRY_SIZE>(entries)
             .enumerate()
             .map(|(i, raw)| section(raw, i * ENTRY_SIZE, blob_size));
-        Ok(Toc {
+        let toc = Toc {
             sections: sections.collect::<Result<_>>()?,
-        })
+        };
+        for (i, section) in toc.sections.iter().enumerate() {
+            if toc
+                .sections
+                .iter()
+                .skip(i + 1)
+                .any(|other| other.name == section.name)
+            {
+                let at = (i * ENTRY_SIZE) as u64;
+                return Err(FormatError::malformed(
+                    "toc.name",
+                    at,
+                    "there are two sections of this name",
+                ));
+            }
+        }
+        Ok(toc)
     }
 
     /// The section with this name.
@@ -122,6 +157,9 @@ fn section(raw: &[u8; ENTRY_SIZE], at: usize, blob_size: u64) -> Result<Section>
         compressed_size: le64(raw, 64),
         uncompressed_size: le64(raw, 72),
     };
+    if section.name().is_empty() {
+        return Err(FormatError::malformed("toc.name", at, "not a name"));
+    }
     // Builders say of the data section that it starts at its own end, and that it is uncompressed whatever its
     // chunks are: nothing but its name and digest means anything.
     if section.name() == IMAGE_BLOB {
@@ -147,12 +185,8 @@ fn section(raw: &[u8; ENTRY_SIZE], at: usize, blob_size: u64) -> Result<Section>
     Ok(section)
 }
 
-/// Value of an octal tar field that ends with NUL or space.
-fn octal(field: &[u8; 12]) -> Option<u64> {
-    let digits = field
-        .iter()
-        .position(|b| matches!(b, 0 | b' '))
-        .unwrap_or(field.len());
-    let text = std::str::from_utf8(field.get(..digits)?).ok()?;
-    u64::from_str_radix(text, 8).ok()
+/// Value of an octal tar field, which spaces and NUL may surround.
+fn octal(field: Option<&[u8]>) -> Option<u64> {
+    let text = std::str::from_utf8(field?).ok()?;
+    u64::from_str_radix(text.trim_matches(['\0', ' ']), 8).ok()
 }

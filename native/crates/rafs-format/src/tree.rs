@@ -8,7 +8,7 @@ use crate::chunk::{ChunkRef, Chunks};
 use crate::dirent::{self, Entries};
 use crate::error::{FormatError, Result};
 use crate::format::*;
-use crate::inode::{Inode, Nid};
+use crate::inode::{Inode, Layout, Nid};
 use crate::superblock::SuperBlock;
 use crate::xattr::{self, Xattrs};
 
@@ -101,7 +101,7 @@ impl<'a> Tree<'a> {
                 "not a symbolic link",
             ));
         }
-        let target = self.inline_data(inode, 0, inode.size)?;
+        let target = self.flat_data(inode, 0, inode.size)?;
         if target.len() as u64 != inode.size || target.contains(&0) {
             return Err(FormatError::malformed(
                 "symlink",
@@ -138,17 +138,24 @@ impl<'a> Tree<'a> {
         error.into_iter().chain(chunks.into_iter().flatten())
     }
 
-    /// Bytes of a file that lie in the bootstrap, from `offset` on. At most `len`, clipped to its size, and fewer
-    /// where the piece behind the inode begins: ask again from there. Empty at the end.
+    /// Bytes of a regular file that lies in the bootstrap, from `offset` on. At most `len`, clipped to its size, and
+    /// fewer where the piece behind the inode begins: ask again from there. Empty at the end. An error for a file
+    /// that is in chunks.
     pub fn inline_data(&self, inode: &Inode, offset: u64, len: u64) -> Result<&'a [u8]> {
-        match inode.flat_extent(offset) {
-            Some((at, available)) => need_slice(self.image, at, available.min(len), "inode.data"),
-            None if offset >= inode.size => Ok(&[]),
-            None => Err(FormatError::malformed(
+        if !inode.is_file() || inode.layout == Layout::ChunkBased {
+            return Err(FormatError::malformed(
                 "inode.i_format",
                 inode.offset,
-                "the content is in chunks",
-            )),
+                "not stored in the bootstrap",
+            ));
+        }
+        self.flat_data(inode, offset, len)
+    }
+
+    fn flat_data(&self, inode: &Inode, offset: u64, len: u64) -> Result<&'a [u8]> {
+        match inode.flat_extent(offset) {
+            Some((at, available)) => need_slice(self.image, at, available.min(len), "inode.data"),
+            None => Ok(&[]),
         }
     }
 

@@ -199,6 +199,25 @@ fn table_of_contents_of_an_inline_meta_blob() {
         (boot.compressor, boot.uncompressed_size),
         (Compressor::Zstd, 20480)
     );
+    for (at, what) in [
+        (0, "toc.flags"),
+        (8, "toc.name"),
+        (128 + 63, "toc.compressed_offset"),
+        (512, "toc.tar_header"),
+    ] {
+        let mut damaged = tail.to_vec();
+        damaged[at] = 0xff;
+        assert_eq!(
+            Toc::parse(&damaged, blob.len() as u64).unwrap_err().what,
+            what
+        );
+    }
+    let mut twice = tail.to_vec();
+    twice.copy_within(128..256, 256);
+    assert_eq!(
+        Toc::parse(&twice, blob.len() as u64).unwrap_err().what,
+        "toc.name"
+    );
     assert!(Toc::parse(&tail[128..], blob.len() as u64).is_err());
     assert!(Toc::parse(tail, 7997).is_err());
     assert!(Toc::parse(&[], 0).is_err());
