@@ -72,10 +72,10 @@ impl Reader {
             while (copied as u64) < len {
                 let (at, left) = (asked.offset + copied as u64, len - copied as u64);
                 let data = tree.inline_data(&node, at, left)?;
-                if data.is_empty() {
-                    break;
+                match chain.write_at(skip + copied, data) {
+                    0 => break,
+                    n => copied += n,
                 }
-                copied += chain.write_at(skip + copied, data);
             }
             return Ok(ReadOutcome::Copied(copied));
         }
