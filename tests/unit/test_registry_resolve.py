@@ -289,6 +289,13 @@ async def test_a_corrupted_layer_is_fetched_again(sim: RegistrySimulator, cache:
     assert (await pull(sim, cache)).bootstrap == BOOT
 
 
+async def test_a_corrupted_manifest_of_a_tag_is_fetched_again(sim: RegistrySimulator, cache: Path) -> None:
+    """A tag promises no digest, but the registry tells the one of what it means to send."""
+    sim.fault("corrupt", where="manifest", times=1)
+    assert (await pull(sim, cache)).bootstrap == BOOT
+    assert len(sim.requests("manifest")) == 2
+
+
 @pytest.mark.parametrize("where", ["blob", "manifest"])
 async def test_content_that_is_always_corrupted_is_refused(
     sim: RegistrySimulator, cache: Path, where: str

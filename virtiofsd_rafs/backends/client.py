@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from virtiofsd_rafs.errors import BadReply, DigestMismatch
 from virtiofsd_rafs.registry.auth import MAX_TOKEN_BODY, Authenticator, Ready, TokenRequest
-from virtiofsd_rafs.registry.manifest import ACCEPT, MAX_MANIFEST_LEN, Descriptor
+from virtiofsd_rafs.registry.manifest import ACCEPT, MAX_MANIFEST_LEN, Descriptor, verify_digest
 from virtiofsd_rafs.registry.protocol import (
     DEFAULT_MAX_SKIP,
     BodyPlan,
@@ -24,6 +24,7 @@ from virtiofsd_rafs.registry.protocol import (
     range_headers,
 )
 from virtiofsd_rafs.registry.redirects import RedirectCache
+from virtiofsd_rafs.registry.reference import is_sha256
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -97,14 +98,22 @@ class RegistryClient:
                 refusals += 1
                 self._auth.refused(authorization, exchange.challenges(), refusals=refusals)
 
-    async def manifest(self, target: str) -> tuple[bytes, str]:
-        """The manifest called *target* (tag or digest) as it was sent, not verified, and its Content-Type."""
+    async def manifest(self, target: str) -> bytes:
+        """The manifest called *target*, a tag or a digest.
+
+        Raises DigestMismatch when it is not what *target* promises, or what the registry itself says that it
+        sends (Docker-Content-Digest): a tag promises nothing, and would let a flipped bit through.
+        """
         exchange = Exchange(
             self.endpoint, "GET", self.endpoint.manifest_url(target), headers=(("Accept", ACCEPT),)
         )
         async with self.send(exchange) as reply:
             check_ok(reply.head, (200,), f"manifest {self.name}:{target}", now=time.time())
-            return await reply.read_all(MAX_MANIFEST_LEN), reply.head.get("content-type") or ""
+            data = await reply.read_all(MAX_MANIFEST_LEN)
+            for promised in (target, reply.head.get("docker-content-digest") or ""):
+                if is_sha256(promised):
+                    verify_digest(data, promised, f"manifest {self.name}:{target}")
+            return data
 
     async def read_range(self, digest: str, offset: int, length: int) -> bytes:
         """Exactly *length* bytes of a blob at *offset*."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-import logging
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, TypeVar
 
 from virtiofsd_rafs.backends.client import Download, RegistryClient
 from virtiofsd_rafs.backends.credentials import load_docker_config
 from virtiofsd_rafs.backends.http import HttpClient
 from virtiofsd_rafs.backends.retry import with_retries
 from virtiofsd_rafs.image.resolve import store_layer, stored_layer
-from virtiofsd_rafs.registry.manifest import MAX_MANIFEST_LEN, digest_of, verify_digest
+from virtiofsd_rafs.registry.manifest import MAX_MANIFEST_LEN, digest_of
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
     from types import TracebackType
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.registry.manifest import Descriptor
     from virtiofsd_rafs.registry.reference import Reference
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RemoteContent:
@@ -42,7 +44,7 @@ class RemoteContent:
     ) -> None:
         self._store = store
         self._reference = reference
-        self._deadline_s = deadline_s
+        self._end = time.monotonic() + deadline_s
         self._fresh: tuple[str, bytes] | None = None
         self._http = HttpClient(ca_file=ca_file)
         self._client = RegistryClient(
@@ -61,9 +63,7 @@ class RemoteContent:
         """The digest of what the reference's tag names now; the manifest itself is kept for ``manifest``."""
         tag = self._reference.tag
         assert tag is not None
-        data, _ = await with_retries(
-            lambda: self._client.manifest(tag), deadline_s=self._deadline_s, what=str(self._reference)
-        )
+        data = await self._retry(lambda: self._client.manifest(tag), str(self._reference))
         digest = digest_of(data)
         self._fresh = (digest, data)
         self._store.put(digest, data)
@@ -77,12 +77,7 @@ class RemoteContent:
         if known is not None:
             return known
 
-        async def fetch() -> bytes:
-            data, _ = await self._client.manifest(digest)
-            verify_digest(data, digest, f"manifest of {self._client.name}")
-            return data
-
-        data = await with_retries(fetch, deadline_s=self._deadline_s, what=f"manifest {digest}")
+        data = await self._retry(lambda: self._client.manifest(digest), f"manifest {digest}")
         self._store.put(digest, data)
         return data
 
@@ -93,15 +88,13 @@ class RemoteContent:
             return known
         sink = _Memory()
         download = Download(descriptor, sink)
-        await with_retries(
-            lambda: self._client.download(download),
-            deadline_s=self._deadline_s,
-            what=f"bootstrap layer {descriptor.digest}",
-        )
-        import asyncio
-
+        await self._retry(lambda: self._client.download(download), f"bootstrap layer {descriptor.digest}")
         # Inflating and syncing a large one takes long enough to starve whatever else runs in the loop.
         return await asyncio.to_thread(store_layer, self._store, descriptor, sink.getvalue())
+
+    async def _retry(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
+        """One deadline for all steps. It ends the trying again, not a transfer that makes progress."""
+        return await with_retries(attempt, deadline_s=self._end - time.monotonic(), what=what)
 
 
 class _Memory(io.BytesIO):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
     from virtiofsd_rafs.image.push import Upload
     from virtiofsd_rafs.registry.reference import Reference
-
-_log = logging.getLogger(__name__)
 
 # Larger blobs go in pieces of this size: a broken connection then costs one piece, and proxies that bound a
 # request's body (often at 100 MB and more) do not mind.
