@@ -1,0 +1,316 @@
+"""Carries out what the planner decides: fetches, verifies, stores, wakes the workers.
+
+Posts come through shared memory and an eventfd; bytes come from a :class:`BlobSource` and go through the
+store, which decodes and verifies them in an executor without the GIL. Everything else happens on the event
+loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
+from virtiofsd_rafs.native.store import OK, OUTCOME_NAMES, trim
+from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics
+from virtiofsd_rafs.runtime.planner import Fetch, Key, Origin, Planner, Posted
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+
+    from virtiofsd_rafs.backends.base import BlobSource
+    from virtiofsd_rafs.config import ServeConfig
+    from virtiofsd_rafs.native.session import Post
+    from virtiofsd_rafs.native.store import Store
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+# Threads that decode and verify: two keep a fast link busy, and more would only take cores from the guest.
+INGEST_THREADS = 2
+# After this long without a fetch, threads and scratch memory are given back.
+IDLE_S = 5.0
+# A chunk that is verified and yet asked for so often, over so long a time, is looked at again: its bytes may
+# have been damaged behind our back, and a worker that cannot read them can only ask.
+RECHECK_POSTS = 3
+RECHECK_S = 1.0
+_RECHECK_LEN = 256
+
+
+class Posts(Protocol):
+    """The part of the session that the agent uses."""
+
+    @property
+    def post_fd(self) -> int:
+        """An eventfd that becomes readable with new posts."""
+        ...
+
+    def posts(self) -> Sequence[Post]:
+        """The posts since the last call."""
+        ...
+
+    def wake(self) -> None:
+        """Makes the workers look at the states of the chunks that they wait for."""
+        ...
+
+
+class Agent:
+    """Serves the posts of one mounted image. *source* is awaited when the first byte is needed."""
+
+    def __init__(
+        self,
+        session: Posts,
+        store: Store,
+        blob_ids: Mapping[int, str],
+        source: Callable[[], Awaitable[BlobSource]],
+        config: ServeConfig,
+        metrics: Metrics,
+    ) -> None:
+        self._session = session
+        self._store = store
+        self._blob_ids = blob_ids
+        self._source = source
+        self._io_deadline_s = config.io_deadline_s
+        self._metrics = metrics
+        chunks = {index: store.chunks(index) for index in blob_ids}
+        amplify = config.amplify
+        if not all(view.has_data for view in chunks.values()):
+            # Without a disk, what is read ahead pushes out what somebody waits for.
+            amplify = min(amplify, config.spill_size // (8 * config.connections))
+        self.planner = Planner(
+            chunks,
+            amplify=amplify,
+            connections=config.connections,
+            io_deadline_s=config.io_deadline_s,
+            retry_first_s=config.retry_first_s,
+            retry_cap_s=config.retry_cap_s,
+        )
+        self._pool: ThreadPoolExecutor | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._suspects: dict[Key, tuple[float, int]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Serves from now on, also what was posted before."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._session.post_fd, self._readable)
+        self._take_posts()
+
+    async def close(self) -> None:
+        """Stops serving. Chunks that were being fetched are absent again."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.remove_reader(self._session.post_fd)
+        for timer in (self._timer, self._idle_timer):
+            if timer is not None:
+                timer.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    # -- posts ----------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        # Read first: a post that comes meanwhile makes the descriptor readable again.
+        try:
+            os.read(self._session.post_fd, 8)
+        except BlockingIOError:
+            return
+        self._take_posts()
+
+    def _take_posts(self) -> None:
+        now = time.monotonic()
+        ready = False
+        for post in self._session.posts():
+            # One image per daemon: another mount's number cannot be meant.
+            key = (post.blob_index if post.mount == 0 else -1, post.chunk_index)
+            posted = self.planner.post(key, now, Origin(post.nodeid, post.file_offset))
+            if posted is Posted.READY:
+                ready = True
+                self._suspect(key, now)
+            elif posted is Posted.INVALID:
+                _log.warning("a worker asks for chunk %d of blob %d: there is none", post.chunk_index, key[0])
+        if ready:
+            self._session.wake()
+        self._pump()
+
+    def _suspect(self, key: Key, now: float) -> None:
+        """Counts posts of a chunk that is verified; too many of them start another verification."""
+        first, n = self._suspects.get(key, (now, 0))
+        if len(self._suspects) >= _RECHECK_LEN:
+            self._suspects.clear()
+        self._suspects[key] = (first, n + 1)
+        if n + 1 >= RECHECK_POSTS and now - first >= RECHECK_S:
+            del self._suspects[key]
+            self._spawn(self._recheck(key))
+
+    async def _recheck(self, key: Key) -> None:
+        good = await self._run(partial(self._store.verify_present, *key, force=True))
+        self._metrics.verifications["good" if good else "bad"] += 1
+        if not good:
+            _log.error("chunk %d of blob %s is damaged in the cache", key[1], self._blob_ids[key[0]])
+            self.planner.post(key, time.monotonic(), Origin(0, 0))
+        self._session.wake()
+        self._pump()
+
+    # -- fetches --------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Starts what can be started, and sets the timer for the rest."""
+        if self._loop is None:
+            return
+        now = time.monotonic()
+        for key in self.planner.next_verifications():
+            self._spawn(self._verify(key))
+        for fetch in self.planner.next_fetches(now):
+            self._spawn(self._fetch(fetch))
+        if self.planner.take_found_ready():
+            self._session.wake()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        event = self.planner.next_event()
+        if event is not None:
+            self._timer = self._loop.call_later(max(0.0, event - now), self._pump)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if not self._tasks and self._pool is not None:
+            self._idle_timer = self._loop.call_later(IDLE_S, self._relax)
+
+    def _relax(self) -> None:
+        """Gives back what only a busy agent needs."""
+        if not self._tasks and self._pool is not None:
+            pool, self._pool = self._pool, None
+            pool.shutdown(wait=False)
+            trim()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("internal error", exc_info=error)
+        self._pump()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(INGEST_THREADS, thread_name_prefix="ingest")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def _verify(self, key: Key) -> None:
+        good = False
+        try:
+            good = await self._run(partial(self._store.verify_present, *key))
+        finally:
+            self.planner.verified(key, good)
+            self._metrics.verifications["good" if good else "bad"] += 1
+        if good:
+            self._session.wake()
+        else:
+            _log.info("chunk %d of blob %s did not survive, fetching it", key[1], self._blob_ids[key[0]])
+
+    async def _fetch(self, fetch: Fetch) -> None:
+        """One try. However it ends, the planner hears of it."""
+        started_ns = time.monotonic_ns()
+        self._store.hint_fetching(fetch.blob, fetch.chunks, True)
+        told = False
+        result, n_bytes = "internal.bug", 0
+        try:
+            # Nothing here keeps the bytes alive longer than the store needs them.
+            ingest = partial(
+                self._store.ingest, fetch.blob, fetch.offset, await self._read(fetch), fetch.chunks
+            )
+            n_bytes = fetch.length
+            outcomes = await self._run(ingest)
+            del ingest
+            bad = self._judge(fetch, outcomes)
+            result = OUTCOME_NAMES[next((o for o in outcomes if o != OK), OK)]
+            told = True
+            self.planner.stored(fetch.fetch_id, bad, time.monotonic())
+            if len(bad) < len(fetch.chunks):
+                self._session.wake()
+        except VirtiofsdRafsError as e:
+            told, result = True, e.msgid
+            self._failed(fetch, e)
+        finally:
+            self._store.hint_fetching(fetch.blob, fetch.chunks, False)
+            if not told:
+                self.planner.failed(fetch.fetch_id, time.monotonic(), hopeless=True)
+            self._metrics.fetched(self._record(fetch, started_ns, result), n_bytes)
+
+    async def _read(self, fetch: Fetch) -> bytes:
+        source = await self._source()
+        blob_id = self._blob_ids[fetch.blob]
+        try:
+            async with asyncio.timeout(self._io_deadline_s):
+                data = await source.read_range(blob_id, fetch.offset, fetch.length)
+        except TimeoutError as e:
+            if isinstance(e, BackendError):
+                raise
+            raise BadReply(f"no answer within {self._io_deadline_s:g} s") from e
+        if len(data) != fetch.length:
+            raise BadReply(f"{len(data)} bytes came instead of {fetch.length}")
+        return data
+
+    def _judge(self, fetch: Fetch, outcomes: bytes) -> list[int]:
+        """The chunks whose bytes were not kept."""
+        bad = []
+        for chunk, outcome in zip(fetch.chunks, outcomes, strict=True):
+            self._metrics.chunks[OUTCOME_NAMES[outcome]] += 1
+            if outcome != OK:
+                bad.append(chunk)
+                _log.warning(
+                    "chunk %d of blob %s was not kept: %s (try %d)",
+                    chunk,
+                    self._blob_ids[fetch.blob],
+                    OUTCOME_NAMES[outcome],
+                    fetch.attempt,
+                )
+        return bad
+
+    def _failed(self, fetch: Fetch, error: VirtiofsdRafsError) -> None:
+        _log.warning(
+            "%d bytes at %d of blob %s: %s: %s (try %d)",
+            fetch.length,
+            fetch.offset,
+            self._blob_ids[fetch.blob],
+            error.msgid,
+            error,
+            fetch.attempt,
+        )
+        self.planner.failed(
+            fetch.fetch_id,
+            time.monotonic(),
+            retry_after_s=error.retry_after_s if isinstance(error, Throttled) else None,
+            hopeless=not (isinstance(error, BackendError) and error.retryable),
+        )
+
+    def _record(self, fetch: Fetch, started_ns: int, result: str) -> FetchRecord:
+        origin = fetch.origin
+        return FetchRecord(
+            started_ns=started_ns,
+            ended_ns=time.monotonic_ns(),
+            blob_index=fetch.blob,
+            offset=fetch.offset,
+            length=fetch.length,
+            n_chunks=len(fetch.chunks),
+            n_wanted=len(fetch.wants),
+            attempt=fetch.attempt,
+            nodeid=origin.nodeid,
+            file_offset=origin.file_offset,
+            result=result,
+        )

@@ -1,0 +1,141 @@
+"""What control counts, and the text that Prometheus reads. The only place where names of metrics stand.
+
+Counters of the workers live in shared memory and come through ``Session.status``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Any, NamedTuple
+
+# Upper bounds of the fetch duration histogram, in seconds.
+FETCH_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# Fetches that the log remembers: more than a boot of any image makes, in less than half a megabyte.
+LOG_LEN = 1024
+
+
+class FetchRecord(NamedTuple):
+    """One finished try of a fetch. Times are CLOCK_MONOTONIC in ns, as those of the session."""
+
+    started_ns: int
+    ended_ns: int
+    blob_index: int
+    offset: int
+    length: int
+    n_chunks: int
+    n_wanted: int
+    """Chunks of it that a request waited for; the others were read ahead."""
+    attempt: int
+    nodeid: int
+    """Node whose read asked first."""
+    file_offset: int
+    result: str
+    """"ok", or the msgid of what went wrong."""
+
+
+class Metrics:
+    """Counters of one control process; they start at 0 with it."""
+
+    def __init__(self) -> None:
+        self.fetches: Counter[str] = Counter()
+        """Tries by result."""
+        self.chunks: Counter[str] = Counter()
+        """Fetched chunks by outcome."""
+        self.verifications: Counter[str] = Counter()
+        """Stored chunks that were verified, by outcome (good, bad)."""
+        self.bytes_fetched = 0
+        self.fetch_seconds = 0.0
+        self.fetch_buckets = [0] * (len(FETCH_BUCKETS_S) + 1)
+        self.log: deque[FetchRecord] = deque(maxlen=LOG_LEN)
+
+    def fetched(self, record: FetchRecord, n_bytes: int) -> None:
+        """A try of a fetch has ended and brought *n_bytes*."""
+        self.log.append(record)
+        self.fetches[record.result] += 1
+        self.bytes_fetched += n_bytes
+        seconds = (record.ended_ns - record.started_ns) / 1e9
+        self.fetch_seconds += seconds
+        for i, bound in enumerate(FETCH_BUCKETS_S):
+            if seconds <= bound:
+                self.fetch_buckets[i] += 1
+                break
+        else:
+            self.fetch_buckets[-1] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counters as JSON sees them."""
+        return {
+            "fetches": dict(self.fetches),
+            "chunks": dict(self.chunks),
+            "verifications": dict(self.verifications),
+            "bytes_fetched": self.bytes_fetched,
+            "fetch_seconds": round(self.fetch_seconds, 6),
+        }
+
+
+class Sample(NamedTuple):
+    """One line for Prometheus."""
+
+    name: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+# name -> (type, help). Names are without the prefix.
+_FAMILIES = {
+    "fetches_total": ("counter", "Tries to fetch a range of a blob, by result."),
+    "fetched_bytes_total": ("counter", "Bytes that fetches brought."),
+    "fetch_duration_seconds": ("histogram", "Duration of one try of a fetch."),
+    "chunks_total": ("counter", "Fetched chunks, by outcome."),
+    "verifications_total": ("counter", "Stored chunks that were verified after a boot, by outcome."),
+    "posts_total": ("counter", "Chunks that workers asked for."),
+    "retries_total": ("counter", "Chunks that were asked for again after a failure."),
+    "expired_total": ("counter", "Chunks given up because nobody waits any more."),
+    "chunks_wanted_total": ("counter", "Chunks put into fetches because a request waited for them."),
+    "chunks_read_ahead_total": ("counter", "Chunks put into fetches without being asked for."),
+    "chunks_waiting": ("gauge", "Chunks that requests wait for now."),
+    "fetches_in_flight": ("gauge", "Fetches under way."),
+    "cache_chunks": ("gauge", "Chunks of the image by state."),
+    "cache_disk_errors_total": ("counter", "How often the cache disk refused."),
+    "spill_bytes": ("gauge", "Use of the memory that stands in for the cache disk."),
+    "worker_crashes_total": ("counter", "Workers that were replaced."),
+    "worker_requests_total": ("counter", "FUSE requests answered."),
+    "requests_parked": ("gauge", "FUSE requests that wait for chunks."),
+    "requests_in_flight": ("gauge", "FUSE requests that were taken and not answered."),
+    "frontend_connected": ("gauge", "1 while a VMM is connected."),
+}
+_PREFIX = "virtiofsd_rafs_"
+
+
+def _line(name: str, labels: tuple[tuple[str, str], ...], value: float) -> str:
+    def quote(text: str) -> str:
+        return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+    inner = ",".join(f'{key}="{quote(text)}"' for key, text in labels)
+    return f"{_PREFIX}{name}{{{inner}}} {value:.10g}" if inner else f"{_PREFIX}{name} {value:.10g}"
+
+
+def render(metrics: Metrics, samples: list[Sample]) -> str:
+    """Prometheus' text format 0.0.4 of *metrics* and of *samples*, whose names this module knows."""
+    by_name: dict[str, list[str]] = {name: [] for name in _FAMILIES}
+    counted = [
+        *(Sample("fetches_total", n, (("result", result),)) for result, n in metrics.fetches.items()),
+        *(Sample("chunks_total", n, (("outcome", outcome),)) for outcome, n in metrics.chunks.items()),
+        *(Sample("verifications_total", n, (("outcome", o),)) for o, n in metrics.verifications.items()),
+        Sample("fetched_bytes_total", metrics.bytes_fetched),
+    ]
+    for sample in counted + samples:
+        by_name[sample.name].append(_line(sample.name, sample.labels, sample.value))
+    total = 0
+    histogram = by_name["fetch_duration_seconds"]
+    bounds = [*(f"{bound:g}" for bound in FETCH_BUCKETS_S), "+Inf"]
+    for bound, n in zip(bounds, metrics.fetch_buckets, strict=True):
+        total += n
+        histogram.append(_line("fetch_duration_seconds_bucket", (("le", bound),), total))
+    histogram.append(_line("fetch_duration_seconds_sum", (), metrics.fetch_seconds))
+    histogram.append(_line("fetch_duration_seconds_count", (), total))
+    out = []
+    for name, (kind, text) in _FAMILIES.items():
+        if by_name[name]:
+            out += [f"# HELP {_PREFIX}{name} {text}", f"# TYPE {_PREFIX}{name} {kind}", *by_name[name]]
+    return "\n".join(out) + "\n"
