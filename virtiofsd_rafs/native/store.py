@@ -14,6 +14,7 @@ from virtiofsd_rafs.native._lib import ffi, lib, raise_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from mmap import mmap
     from pathlib import Path
 
 # Outcomes of :meth:`Store.ingest`, one per chunk.
@@ -134,7 +135,7 @@ class Store:
 
     def __init__(
         self,
-        image: bytes | bytearray | memoryview,
+        image: bytes | memoryview | mmap,
         *,
         cache_dir: Path | None,
         spill_size: int,
@@ -315,6 +316,24 @@ class Store:
         out = ffi.new("uint64_t[]", lib.VR_STORE_STATS_LEN)
         raise_for(lib.vr_store_stats(self._handle, out))
         return StoreStats(*out)
+
+
+def paths(image: bytes | memoryview | mmap, nodeids: Sequence[int]) -> dict[int, str]:
+    """Paths of nodes, named by the ids that a guest uses; a node without a name is left out.
+
+    Blocking: walks the tree of the bootstrap *image*. Raises BadImage.
+    """
+    ids = array("Q", nodeids)
+    with ffi.from_buffer(image) as buf, ffi.from_buffer("uint64_t[]", ids) as wanted:
+        size = 256 * len(ids) + 1  # most names are shorter; longer ones need a second call
+        while True:
+            out = ffi.new("uint8_t[]", size)
+            n = raise_for(lib.vr_store_paths(buf, len(buf), wanted, len(ids), out, size))
+            if n <= size:
+                break
+            size = n
+    names = bytes(ffi.buffer(out, n)).split(b"\0")
+    return {i: name.decode("utf-8", "backslashreplace") for i, name in zip(ids, names, strict=False) if name}
 
 
 def trim() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
 from virtiofsd_rafs.native.store import OK, OUTCOME_NAMES, trim
-from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics
+from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls
 from virtiofsd_rafs.runtime.planner import Fetch, Key, Origin, Planner, Posted
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from virtiofsd_rafs.backends.base import BlobSource
     from virtiofsd_rafs.config import ServeConfig
-    from virtiofsd_rafs.native.session import Post
+    from virtiofsd_rafs.native.session import Post, Trace
     from virtiofsd_rafs.native.store import Store
 
 T = TypeVar("T")
@@ -52,6 +52,10 @@ class Posts(Protocol):
 
     def posts(self) -> Sequence[Post]:
         """The posts since the last call."""
+        ...
+
+    def trace(self) -> Sequence[Trace]:
+        """Requests that had waited and were answered since the last call."""
         ...
 
     def wake(self) -> None:
@@ -90,6 +94,7 @@ class Agent:
             retry_first_s=config.retry_first_s,
             retry_cap_s=config.retry_cap_s,
         )
+        self.stalls = Stalls()
         self._pool: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -251,6 +256,7 @@ class Agent:
             if not told:
                 self.planner.failed(fetch.fetch_id, time.monotonic(), hopeless=True)
             self._metrics.fetched(self._record(fetch, started_ns, result), n_bytes)
+            self.stalls.add(self._session.trace())  # before newer ones overwrite them
 
     async def _read(self, fetch: Fetch) -> bytes:
         source = await self._source()

@@ -5,13 +5,21 @@ Counters of the workers live in shared memory and come through ``Session.status`
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, deque
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from virtiofsd_rafs.native.session import Trace
 
 # Upper bounds of the fetch duration histogram, in seconds.
 FETCH_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Fetches that the log remembers: more than a boot of any image makes, in less than half a megabyte.
 LOG_LEN = 1024
+# Stalls that are kept with their files.
+SLOWEST_LEN = 64
 
 
 class FetchRecord(NamedTuple):
@@ -31,6 +39,32 @@ class FetchRecord(NamedTuple):
     file_offset: int
     result: str
     """"ok", or the msgid of what went wrong."""
+
+
+class Stalls:
+    """Requests that had to wait for data: how many, how long, and the longest ones."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_ns = 0
+        self._heap: list[tuple[int, int, Trace]] = []
+
+    def add(self, traces: Iterable[Trace]) -> None:
+        """Takes answered requests in."""
+        for trace in traces:
+            stall_ns = max(0, trace.done_ns - trace.parked_ns)
+            self.count += 1
+            self.total_ns += stall_ns
+            # The number keeps equal stalls from being compared any further.
+            entry = (stall_ns, self.count, trace)
+            if len(self._heap) < SLOWEST_LEN:
+                heapq.heappush(self._heap, entry)
+            else:
+                heapq.heappushpop(self._heap, entry)
+
+    def slowest(self) -> list[Trace]:
+        """The longest stalls, longest first."""
+        return [trace for _, _, trace in sorted(self._heap, reverse=True)]
 
 
 class Metrics:

@@ -561,6 +561,61 @@ pub unsafe extern "C" fn vr_store_stats(handle: *const c_void, out: *mut u64) ->
     })
 }
 
+/// Node ids of a session are node numbers of the image and this; 1 is the root.
+const NID_BIAS: u64 = 2;
+
+/// Writes the paths of `count` nodes, named by the ids that a guest uses, to `buf` (at most `len` bytes): one after
+/// the other, each ended by a NUL, empty for a node that has no name. Returns the length of the whole. Blocking: walks
+/// the tree of the bootstrap `image`.
+///
+/// # Safety
+/// Buffers must be valid for their lengths.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vr_store_paths(
+    image: *const u8,
+    image_len: usize,
+    nodeids: *const u64,
+    count: usize,
+    buf: *mut u8,
+    len: usize,
+) -> i64 {
+    guard(|| {
+        // SAFETY: promised by the caller, for all three buffers.
+        let (image, nodeids, buf) = unsafe {
+            (
+                slice(image, image_len)?,
+                slice(nodeids, count)?,
+                slice_mut(buf, len)?,
+            )
+        };
+        let root = rafs_format::Tree::parse(image)
+            .map_err(|e| format_failure(&e))?
+            .root();
+        let nid = |id: u64| {
+            if id == 1 {
+                Some(root)
+            } else {
+                id.checked_sub(NID_BIAS)
+            }
+        };
+        let wanted = nodeids.iter().filter_map(|id| nid(*id)).collect();
+        let found = chunk_store::paths(image, &wanted).map_err(|e| format_failure(&e))?;
+        let mut out = Vec::new();
+        for id in nodeids {
+            out.extend(
+                nid(*id)
+                    .and_then(|nid| found.get(&nid))
+                    .into_iter()
+                    .flatten(),
+            );
+            out.push(0);
+        }
+        let n = out.len().min(buf.len());
+        buf[..n].copy_from_slice(&out[..n]);
+        Ok(out.len() as i64)
+    })
+}
+
 /// Gives the calling thread's scratch memory and the allocator's free memory back to the system: for quiet times.
 #[unsafe(no_mangle)]
 pub extern "C" fn vr_store_trim() -> i64 {

@@ -14,6 +14,7 @@ pub mod decode;
 mod image;
 pub mod layout;
 mod mapping;
+mod paths;
 pub mod spec;
 mod spill;
 mod store;
@@ -23,6 +24,7 @@ mod view;
 
 pub use image::Promise;
 pub use mapping::Mapping;
+pub use paths::paths;
 pub use spill::SpillStats;
 pub use store::{Blob, Outcome, StateCounts, Store, TableFds};
 pub use tables::{BootId, Tables, kernel_boot_id};

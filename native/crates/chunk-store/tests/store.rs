@@ -1,5 +1,6 @@
 //! Writer and reader together: what one publishes the other may serve, through crashes, reboots and a full disk.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -10,7 +11,7 @@ use chunk_store::layout::{ABSENT, FETCHING, STATE_HEADER, VERIFIED, next_word, s
 use chunk_store::spec::{
     BlobSpec, CHUNK_COMPRESSED, CHUNK_DIGEST, ChunkSpec, Compressor, Digester,
 };
-use chunk_store::{BlobView, Location, Outcome, Promise, Source, Store, TableFds};
+use chunk_store::{BlobView, Location, Outcome, Promise, Source, Store, TableFds, paths};
 
 const BOOT: [u8; 16] = [1; 16];
 const CHUNK: usize = 10_000;
@@ -536,6 +537,14 @@ fn a_bootstrap_becomes_a_promise_and_its_blob_is_ingested() {
     assert_eq!(promise.known(0), (2, 0));
     let spec = promise.spec(0).unwrap();
     assert_eq!((spec.blob_id.as_str(), spec.count()), (id, 2));
+    let tree = rafs_format::Tree::parse(&image).unwrap();
+    let root = tree.inode(tree.root()).unwrap();
+    let (nid, _) = tree.lookup(&root, b"sync_io.rs").unwrap().unwrap();
+    let names = paths(&image, &HashSet::from([nid, tree.root(), 1 << 30])).unwrap();
+    assert_eq!(
+        names,
+        HashMap::from([(nid, b"/sync_io.rs".to_vec()), (tree.root(), b"/".to_vec())])
+    );
     let s = store(None, BOOT, &spec);
     assert_eq!(ingest(&s, 0, &bytes, &[0, 1]), [0, 0]);
     let got = read(&s, &view(&s), 0).unwrap();

@@ -1,0 +1,211 @@
+"""The life of the control process: mount the image, then serve posts and the API until the keeper goes.
+
+What the control process needs to know it gets from the keeper's socket pair, the session's shared memory, and
+its configuration; it may be killed at any time, and is started again while the workers go on with what is
+cached.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from typing import TYPE_CHECKING, TypeVar
+
+from virtiofsd_rafs.errors import VirtiofsdRafsError
+from virtiofsd_rafs.runtime.mount import FATAL, FRONTEND, MESSAGE, MOUNT_INDEX, SHUTDOWN, Mounter, send
+
+if TYPE_CHECKING:
+    import asyncio
+    import socket
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from virtiofsd_rafs.backends.base import BlobSource
+    from virtiofsd_rafs.config import ServeConfig
+    from virtiofsd_rafs.image.resolve import ResolvedImage
+    from virtiofsd_rafs.native.session import Session
+    from virtiofsd_rafs.runtime.agent import Agent
+    from virtiofsd_rafs.runtime.mount import Mounted
+    from virtiofsd_rafs.runtime.view import View
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def main(session: Session, keeper: socket.socket, api: socket.socket, config: ServeConfig) -> int:
+    """Run control until the keeper goes; the exit code.
+
+    *keeper* is this end of the SOCK_SEQPACKET pair, *api* a listening unix socket. When the image cannot be
+    served, the reason is printed, the keeper is told to end, and the error's exit code is returned. When a
+    predecessor had mounted it, workers serve what is cached, and the keeper is left to try again.
+    """
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=_FORMAT)
+    _raise_nofile()
+    had_mount = session.mount_fds(MOUNT_INDEX) is not None
+    try:
+        return _Control(session, keeper, api, config).run()
+    except VirtiofsdRafsError as e:
+        print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr, flush=True)
+        if not had_mount:
+            send(keeper, FATAL, e.exit_code)
+        return e.exit_code
+
+
+def _raise_nofile() -> None:
+    """Three descriptors for each of up to 255 blobs, and as many again while they are handed over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[None, None, T]) -> T | None:
+    """The result of *work*; None when *event* comes first, and *work* is cancelled then."""
+    import asyncio
+
+    task = asyncio.ensure_future(work)
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        waiter.cancel()
+        await asyncio.gather(task, waiter, return_exceptions=True)
+
+
+class _Control:
+    def __init__(
+        self, session: Session, keeper: socket.socket, api: socket.socket, config: ServeConfig
+    ) -> None:
+        self._session = session
+        self._keeper = keeper
+        self._api = api
+        self._config = config
+        self._source: BlobSource | None = None
+
+    def run(self) -> int:
+        mounter = Mounter(self._keeper, self._config)
+        fds = self._session.mount_fds(MOUNT_INDEX)
+        mounted = mounter.adopt(fds) if fds is not None else None
+        if mounted is None:
+            mounted = mounter.warm()
+        import asyncio
+
+        return asyncio.run(self._serve(mounter, mounted))
+
+    async def _serve(self, mounter: Mounter, mounted: Mounted | None) -> int:
+        import asyncio
+        import signal
+
+        from virtiofsd_rafs.runtime.view import View
+
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, gone.set)
+        loop.add_reader(self._keeper.fileno(), self._keeper_readable, gone)
+        view = View(self._session, self._config)
+        stop_api = self._start_api(view)
+        agent = None
+        try:
+            if mounted is None:
+                mounted = await _unless(gone, mounter.cold(self._open_source))
+            if mounted is not None:
+                agent = self._start_agent(mounted, view)
+                await gone.wait()
+        finally:
+            loop.remove_reader(self._keeper.fileno())
+            if agent is not None:
+                await agent.close()
+            await stop_api()
+            if self._source is not None:
+                await self._source.close()
+        return 0
+
+    def _keeper_readable(self, gone: asyncio.Event) -> None:
+        try:
+            data = self._keeper.recv(MESSAGE.size)
+        except ConnectionError:
+            data = b""
+        if len(data) != MESSAGE.size:
+            gone.set()
+            return
+        kind, value, _, _ = MESSAGE.unpack(data)
+        if kind == SHUTDOWN:
+            gone.set()
+        elif kind == FRONTEND:
+            _log.info("the VMM has %s", "connected" if value else "gone")
+
+    async def _open_source(self, image: ResolvedImage) -> BlobSource:
+        """The source of the image's blobs, opened when it is first needed."""
+        if self._source is None:
+            import asyncio
+            from importlib import import_module
+
+            from virtiofsd_rafs.backends import open_source
+
+            if image.reference is not None:
+                # A quarter of a second of imports, during which the loop goes on.
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(None, import_module, "virtiofsd_rafs.backends.oci")
+            if self._source is None:
+                self._source = open_source(image, self._config)
+        return self._source
+
+    def _start_agent(self, mounted: Mounted, view: View) -> Agent:
+        import asyncio
+
+        from virtiofsd_rafs.runtime.agent import Agent
+
+        async def source() -> BlobSource:
+            return await self._open_source(mounted.image)
+
+        store = mounted.store
+        agent = Agent(self._session, store, mounted.blob_ids, source, self._config, view.metrics)
+        view.serving(mounted, agent)
+        agent.start()
+        if any(store.states(index).absent for index in mounted.blob_ids):
+            # Something will be missed sooner or later: be ready for it.
+            task = asyncio.ensure_future(source())
+            task.add_done_callback(_note_failure)
+        return agent
+
+    def _start_api(self, view: View) -> Callable[[], Awaitable[None]]:
+        """Serves the API from the first connection on: most daemons are never asked, and aiohttp is heavy."""
+        import asyncio
+        from importlib import import_module
+
+        loop = asyncio.get_running_loop()
+        starting: list[asyncio.Task[Callable[[], Awaitable[None]]]] = []
+        self._api.setblocking(False)
+
+        async def start() -> Callable[[], Awaitable[None]]:
+            module = await loop.run_in_executor(None, import_module, "virtiofsd_rafs.runtime.api")
+            stop: Callable[[], Awaitable[None]] = await module.start(self._api, view)
+            return stop
+
+        def first_connection() -> None:
+            loop.remove_reader(self._api.fileno())
+            starting.append(asyncio.ensure_future(start()))
+            starting[0].add_done_callback(_note_failure)
+
+        async def stop() -> None:
+            if not starting:
+                loop.remove_reader(self._api.fileno())
+            for task in starting:
+                try:
+                    await (await task)()
+                except Exception:  # told by _note_failure
+                    _log.debug("the API did not start")
+
+        loop.add_reader(self._api.fileno(), first_connection)
+        return stop
+
+
+def _note_failure(task: asyncio.Task[object]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        if isinstance(error, VirtiofsdRafsError):
+            _log.warning("%s: %s", error.msgid, error)
+        else:
+            _log.error("internal error", exc_info=error)

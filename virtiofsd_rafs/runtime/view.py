@@ -1,0 +1,229 @@
+"""What the API and its users see of a daemon: one place that gathers it from session, store and agent."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from virtiofsd_rafs import __version__
+from virtiofsd_rafs.native.store import paths
+from virtiofsd_rafs.runtime.metrics import Metrics, Sample, render
+
+if TYPE_CHECKING:
+    from virtiofsd_rafs.config import ServeConfig
+    from virtiofsd_rafs.native.session import Session
+    from virtiofsd_rafs.runtime.agent import Agent
+    from virtiofsd_rafs.runtime.mount import Mounted
+
+# States as nydusd names them.
+INIT = "INIT"
+READY = "READY"
+RUNNING = "RUNNING"
+
+
+class View:
+    """A daemon as seen from outside. All methods are for the event loop, but :meth:`name_nodes` blocks."""
+
+    def __init__(self, session: Session, config: ServeConfig) -> None:
+        self._session = session
+        self._config = config
+        self._mounted: Mounted | None = None
+        self._agent: Agent | None = None
+        self._names: dict[int, str] = {}
+        self.metrics = Metrics()
+
+    def serving(self, mounted: Mounted, agent: Agent) -> None:
+        """The image is mounted and its posts are served from now on."""
+        self._mounted = mounted
+        self._agent = agent
+
+    @property
+    def state(self) -> str:
+        """INIT until the image is mounted, then RUNNING, whether or not a VMM has come (as nydusd)."""
+        return INIT if self._mounted is None else RUNNING
+
+    @property
+    def ready(self) -> bool:
+        """Whether a front-end that connects now is served."""
+        return self._mounted is not None
+
+    def daemon(self) -> dict[str, Any]:
+        """What nydusd's clients ask for: id, version, state, back-end."""
+        info: dict[str, Any] = {
+            "id": str(self._config.socket_path or self._config.api_socket),
+            "version": {
+                "package_ver": __version__,
+                "git_commit": "",
+                "build_time": "",
+                "profile": "release",
+                "rustc": "",
+            },
+            "supervisor": None,
+            "state": self.state,
+            "backend_collection": {},
+        }
+        if self._mounted is not None:
+            mounted_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._mounted.mounted_at))
+            info["backend_collection"]["/"] = {
+                "backend_type": "rafs",
+                "mountpoint": "/",
+                "mounted_time": mounted_at,
+                "config": None,
+            }
+        return info
+
+    def nodes(self) -> list[int]:
+        """Nodes that the status mentions and whose names are not known yet."""
+        seen = {record.nodeid for record in self.metrics.log}
+        seen.update(trace.nodeid for trace in self._stalls())
+        return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
+
+    def name_nodes(self, nodeids: list[int]) -> None:
+        """Looks names up in the bootstrap. Blocking: for an executor."""
+        if self._mounted is None or not nodeids:
+            return
+        with mmap.mmap(self._mounted.bootstrap_fd, 0, prot=mmap.PROT_READ) as bootstrap:
+            found = paths(bootstrap, nodeids)
+        self._names.update({nodeid: found.get(nodeid, "") for nodeid in nodeids})
+
+    def _stalls(self) -> list[Any]:
+        if self._agent is None:
+            return []
+        self._agent.stalls.add(self._session.trace())
+        return self._agent.stalls.slowest()
+
+    def status(self) -> dict[str, Any]:
+        """Everything: session, processes, queues, image, cache, traffic, log of fetches, longest stalls.
+
+        Times in ns are CLOCK_MONOTONIC, as is ``now_ns``.
+        """
+        status = self._session.status()
+        for process in status.get("processes", {}).values():
+            process["pss_kib"] = _pss_kib(process.get("pid", 0))
+        status |= {
+            "id": str(self._config.socket_path or self._config.api_socket),
+            "version": __version__,
+            "state": self.state,
+            "now_ns": time.monotonic_ns(),
+            "image": self._image(),
+            "agent": self._agent_status(),
+            "fetch_log": self._fetch_log(),
+            "stalls": self._stall_report(),
+        }
+        return status
+
+    def _image(self) -> dict[str, Any]:
+        mounted = self._mounted
+        if mounted is None:
+            return {"name": self._config.image}
+        blobs = []
+        for info in mounted.store.blobs():
+            states = mounted.store.states(info.blob_index)
+            blobs.append(
+                {
+                    "id": info.blob_id,
+                    "n_chunks": info.n_known,
+                    "uncompressed_size": info.uncompressed_size,
+                    "stored_size": mounted.image.blob_sizes.get(info.blob_id),
+                    "on_disk": mounted.store.chunks(info.blob_index).has_data,
+                    "states": states._asdict(),
+                }
+            )
+        return {
+            "name": mounted.image.name,
+            "manifest_digest": mounted.image.manifest_digest,
+            "bootstrap_size": os.fstat(mounted.bootstrap_fd).st_size,
+            "blobs": blobs,
+        }
+
+    def _agent_status(self) -> dict[str, Any]:
+        status = self.metrics.as_dict()
+        if self._agent is not None and self._mounted is not None:
+            planner = self._agent.planner
+            status |= {
+                "planner": attrs.asdict(planner.counters),
+                "chunks_waiting": planner.waiting,
+                "fetches_in_flight": planner.in_flight,
+                "cache": {
+                    "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
+                    **self._mounted.store.stats()._asdict(),
+                },
+            }
+        return status
+
+    def _fetch_log(self) -> list[dict[str, Any]]:
+        ids = self._mounted.blob_ids if self._mounted is not None else {}
+        return [
+            {
+                "reason": "demand" if record.attempt == 1 else "retry",
+                "blob_id": ids.get(record.blob_index, ""),
+                "path": self._names.get(record.nodeid, ""),
+                **record._asdict(),
+            }
+            for record in self.metrics.log
+        ]
+
+    def _stall_report(self) -> dict[str, Any]:
+        if self._agent is None:
+            return {"count": 0, "total_ns": 0, "slowest": []}
+        slowest = [{"path": self._names.get(trace.nodeid, ""), **trace._asdict()} for trace in self._stalls()]
+        return {
+            "count": self._agent.stalls.count,
+            "total_ns": self._agent.stalls.total_ns,
+            "slowest": slowest,
+        }
+
+    def prometheus(self) -> str:
+        """The metrics as text for Prometheus."""
+        return render(self.metrics, self._samples())
+
+    def _samples(self) -> list[Sample]:
+        status = self._session.status()
+        queues = status.get("queues", [])
+        samples = [
+            Sample("worker_crashes_total", status["processes"]["worker"]["crashes"]),
+            Sample("frontend_connected", int(status["session"]["frontend_connected"])),
+            Sample("requests_parked", sum(queue["parked"] for queue in queues)),
+            Sample("requests_in_flight", sum(queue["in_flight"] for queue in queues)),
+            *(
+                Sample("worker_requests_total", n, (("opcode", opcode),))
+                for opcode, n in status["counters"]["requests"].items()
+            ),
+        ]
+        if self._agent is None or self._mounted is None:
+            return samples
+        planner, store = self._agent.planner, self._mounted.store
+        counters, stats = planner.counters, store.stats()
+        samples += [
+            Sample("posts_total", counters.posts),
+            Sample("retries_total", counters.retries),
+            Sample("expired_total", counters.expired),
+            Sample("chunks_wanted_total", counters.chunks_wanted),
+            Sample("chunks_read_ahead_total", counters.chunks_read_ahead),
+            Sample("chunks_waiting", planner.waiting),
+            Sample("fetches_in_flight", planner.in_flight),
+            Sample("cache_disk_errors_total", stats.disk_errors),
+            Sample("spill_bytes", stats.spill_used),
+        ]
+        totals: dict[str, int] = {}
+        for index in self._mounted.blob_ids:
+            for state, n in store.states(index)._asdict().items():
+                totals[state] = totals.get(state, 0) + n
+        samples += [Sample("cache_chunks", n, (("state", state),)) for state, n in totals.items()]
+        return samples
+
+
+def _pss_kib(pid: int) -> int | None:
+    """Proportional set size of a process in KiB; None when the kernel does not tell us."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
