@@ -261,6 +261,7 @@ class RegistrySimulator:
             request.method,
             request.path_qs,
             dict(request.headers),
+            request.transport.get_extra_info("peername")[1] if request.transport else 0,
             digest,
             span,
         )

@@ -27,6 +27,7 @@ class Record:
     method: str
     path: str
     headers: dict[str, str]
+    peer: int = 0  # the client's port, which tells connections apart
     digest: str = ""
     span: tuple[int, int] | None = None
     status: int = 0

@@ -107,14 +107,24 @@ async def test_size_that_the_manifest_told_is_not_asked_for(sim: RegistrySimulat
 
 
 async def test_connections_are_used_again(sim: RegistrySimulator) -> None:
-    """A 401 and a redirect must not cost a connection each."""
-    source = source_for(sim, Config(connections=1))
+    """A 401, a token and a redirect must not cost a connection each."""
+    sim.gate.auth = Auth("bearer")
+    sim.fault("redirect", where="blob", skip=1, times=1, uses=1)
+    source = source_for(sim)
     for offset in range(20):
         await source.read_range(BLOB_ID, offset, 10)
-    server = sim._runners[0].server
-    assert server is not None
-    assert len(server.connections) == 1
     await source.close()
+    assert [r.status for r in sim.requests("blob")] == [401, 307, *[206] * 19]
+    assert len({r.peer for r in sim.log if r.server == "registry"}) == 1
+
+
+async def test_a_redirect_that_ended_is_not_tried_again(sim: RegistrySimulator) -> None:
+    sim.fault("redirect", where="blob", times=1, uses=1)
+    source = source_for(sim)
+    for offset in range(5):
+        await source.read_range(BLOB_ID, offset, 10)
+    await source.close()
+    assert [r.status for r in sim.requests("storage")] == [206, 403]
 
 
 @pytest.mark.parametrize(
