@@ -16,6 +16,8 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, Self
 
+import attrs
+
 from virtiofsd_rafs.fuse import (
     ROOT_ID,
     DirEntry,
@@ -45,6 +47,7 @@ from virtiofsd_rafs.fuse.structs import (
     ReleaseIn,
     StatfsOut,
 )
+from virtiofsd_rafs.native._lib import ffi, lib
 from virtiofsd_rafs.native.frontend_device import Device, Layout, Reply, Token
 from virtiofsd_rafs.native.frontend_link import (
     FrontendTimeout,
@@ -54,25 +57,36 @@ from virtiofsd_rafs.native.frontend_link import (
     Region,
     RequestLost,
     RingFull,
+    checked,
+    milliseconds,
     pc_layout,
 )
+from virtiofsd_rafs.native.frontend_load import Load, LoadResult, Op, OpResult, Target, run_load
+from virtiofsd_rafs.native.frontend_tree import TreeEntry, TreeWalk
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
 __all__ = [
     "Device",
     "Frontend",
     "FrontendTimeout",
     "Layout",
+    "Load",
+    "LoadResult",
     "MappedRegion",
     "Message",
+    "Op",
+    "OpResult",
     "QueueInfo",
     "Region",
     "Reply",
     "RequestLost",
     "RingFull",
+    "Target",
     "Token",
+    "TreeEntry",
     "pc_layout",
 ]
 
@@ -216,3 +230,62 @@ class Frontend(Device):
         """FORGET over the hiprio queue, as Linux sends it: without a writable buffer."""
         token = self.request(Opcode.FORGET, nodeid, ForgetIn(nlookup=nlookup).pack(), None, queue=HIPRIO)
         return self.wait(token)
+
+    # --- loops --------------------------------------------------------------------------------------------
+
+    def load(self, load: Load) -> LoadResult:
+        """Runs a load; other threads may use the front-end meanwhile, also to stop and resume the device."""
+        before = self.faults()
+        result = run_load(self._handle, load, (load.layout or self.layout).word())
+        new = {kind: n - before.get(kind, 0) for kind, n in self.faults().items()}
+        return attrs.evolve(result, faults={kind: n for kind, n in new.items() if n})
+
+    def stop_loads(self) -> None:
+        """Makes running loads submit no more; they end when what is in flight is answered."""
+        checked(lib.vr_frontend_load_stop(self._handle))
+
+    def digest(
+        self,
+        files: Sequence[tuple[int, int, int]],
+        *,
+        depth: int = 32,
+        read_size: int = 128 * 1024,
+        queue: int = 1,
+        layout: Layout | None = None,
+    ) -> list[tuple[str | None, int]]:
+        """SHA-256 of each (nodeid, handle, size) and 0, or ``None`` and an errno, -1 for a wrong length."""
+        digests = ffi.new("uint8_t[]", 32 * len(files))
+        statuses = ffi.new("int32_t[]", len(files))
+        words = ffi.new("uint64_t[]", [word for file in files for word in file])
+        word = (layout or self.layout).word()
+        wait = milliseconds(self.timeout_s)
+        checked(
+            lib.vr_frontend_digest(
+                self._handle, queue, words, len(files), read_size, depth, word, wait, digests, statuses
+            )
+        )
+        data = bytes(ffi.buffer(digests))
+        return [
+            (None if status else data[32 * i : 32 * i + 32].hex(), int(status))
+            for i, status in enumerate(statuses)
+        ]
+
+    def read_tree(
+        self,
+        nodeid: int = ROOT_ID,
+        *,
+        depth: int = 32,
+        read_size: int = 128 * 1024,
+        queue: int = 1,
+        content: bool = True,
+        xattrs: bool = True,
+    ) -> dict[bytes, TreeEntry]:
+        """Everything below a directory by path, itself as ``/``, with up to *depth* requests in flight.
+
+        Raises:
+            OSError: a request other than READ was refused; failed reads are told in the entries.
+            PeerError: a directory has a name twice, or requests stay unanswered.
+        """
+        walk = TreeWalk(self, depth=depth, queue=queue, content=content, xattrs=xattrs)
+        walk.run(nodeid, read_size)
+        return walk.entries

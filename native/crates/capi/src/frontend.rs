@@ -3,6 +3,8 @@
 //! A handle may be used from several threads; freeing it must be the last use. Buffers are lent for the call.
 //! Times are in milliseconds, -1 meaning for ever. Python's facade is `virtiofsd_rafs/native/frontend.py`.
 
+pub mod load;
+
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;

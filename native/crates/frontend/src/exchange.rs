@@ -101,6 +101,33 @@ impl Exchange {
         Ok(exchange)
     }
 
+    /// Changes the number of readable bytes, and with it the descriptors; buffers grow where they must.
+    pub fn set_request_len(
+        &mut self,
+        memory: &Memory,
+        len: usize,
+        layout: Layout,
+    ) -> Result<(), Error> {
+        if len == self.request_len {
+            return Ok(());
+        }
+        if len > self.request.len() {
+            self.request = memory.alloc(len, 8, None)?;
+        }
+        self.request_len = len;
+        self.cut(layout.framing)?;
+        let Some(table) = &self.table else {
+            return Ok(());
+        };
+        if table_size(self.descs.len()) > table.len() {
+            self.table = Some(memory.alloc(table_size(self.descs.len()), 16, None)?);
+        }
+        self.table
+            .iter()
+            .for_each(|table| write_table(table, &self.descs));
+        Ok(())
+    }
+
     fn cut(&mut self, framing: Framing) -> Result<(), Error> {
         self.descs.clear();
         let request = Piece {

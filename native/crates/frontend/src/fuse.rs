@@ -27,9 +27,10 @@ pub fn in_header(len: u32, opcode: u32, unique: u64, nodeid: u64) -> [u8; IN_HEA
     h
 }
 
-/// `struct fuse_read_in`: handle 0, offset and size; flags as for a plain O_RDONLY file.
-pub fn read_in(offset: u64, size: u32) -> [u8; 40] {
+/// `struct fuse_read_in`: handle, offset and size; flags as for a plain O_RDONLY file.
+pub fn read_in(fh: u64, offset: u64, size: u32) -> [u8; 40] {
     let mut b = [0u8; 40];
+    b[0..8].copy_from_slice(&fh.to_le_bytes());
     b[8..16].copy_from_slice(&offset.to_le_bytes());
     b[16..20].copy_from_slice(&size.to_le_bytes());
     b

@@ -1,6 +1,7 @@
 //! Everything that one front-end owns: its connection, memory, queues and the faults it saw.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::connection::Connection;
@@ -14,6 +15,8 @@ use crate::queue::{Queue, QueueOptions};
 pub struct Kit {
     pub memory: Arc<Memory>,
     pub faults: Arc<Faults>,
+    /// Load loops end when this changes.
+    pub stop: AtomicU64,
     connection: Mutex<Option<Arc<Connection>>>,
     queues: Mutex<HashMap<u16, Arc<Queue>>>,
     spans: Mutex<HashMap<u64, Span>>,

@@ -16,18 +16,20 @@
 //! | [`kit`] | all of them together, as one front-end |
 
 pub mod connection;
-
+pub mod digest;
 pub mod error;
 pub mod exchange;
 pub mod fault;
 pub mod fuse;
-
+pub mod histogram;
 pub mod kit;
+pub mod load;
 pub mod memory;
 mod pause;
+pub mod port;
 pub mod queue;
 pub mod ring;
-mod sys;
+pub mod sys;
 #[cfg(test)]
 mod testing;
 

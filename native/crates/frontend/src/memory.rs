@@ -49,7 +49,7 @@ impl Region {
     }
 
     pub fn size(&self) -> u64 {
-        self.map.len() as u64
+        self.map.size() as u64
     }
 
     pub fn file(&self) -> BorrowedFd<'_> {

@@ -74,12 +74,14 @@ pub(crate) struct State {
     pub(crate) ring: Ring,
     /// Call eventfds; the last one is in use. A device that was told of a new one may still signal an old one.
     calls: Vec<Arc<OwnedFd>>,
-    connection: Option<Arc<Connection>>,
+    pub(crate) connection: Option<Arc<Connection>>,
     pub(crate) closed: bool,
     pub(crate) paused: bool,
     pub(crate) leader: Leader,
     /// Open load loops: completions by port id.
     pub(crate) ports: HashMap<u32, Vec<(u32, u32)>>,
+    /// Buffers of load loops that ended with requests in flight.
+    pub(crate) orphans: Vec<Exchange>,
     /// Counts resets.
     pub(crate) generation: u64,
     next_tag: u64,
@@ -120,6 +122,7 @@ impl Queue {
             paused: false,
             leader: Leader::None,
             ports: HashMap::new(),
+            orphans: Vec::new(),
             generation: 0,
             next_tag: 1,
             pending: HashMap::new(),
@@ -320,12 +323,13 @@ impl Queue {
         }
     }
 
-    /// Takes completions from the ring, checks them and hands them to their owners.
-    pub(crate) fn reap(&self, state: &mut State) {
+    /// Takes completions from the ring, checks them and hands them to their owners, who are told unless `me` is
+    /// the port that asks.
+    pub(crate) fn reap(&self, state: &mut State, me: Option<u32>) {
         if state.paused {
             return;
         }
-        let mut tell = false;
+        let (mut tell, mut wake) = (false, false);
         while let Some(popped) = state.ring.pop() {
             let used = match popped {
                 Ok(used) => used,
@@ -337,24 +341,28 @@ impl Queue {
             };
             self.stats.completions.fetch_add(1, Ordering::Relaxed);
             if used.tag & PORT_TAG != 0 {
-                let (port, slot) = ((used.tag & !PORT_TAG) >> 32, used.tag as u32);
-                if let Some(sink) = state.ports.get_mut(&(port as u32)) {
+                let (port, slot) = (((used.tag & !PORT_TAG) >> 32) as u32, used.tag as u32);
+                if let Some(sink) = state.ports.get_mut(&port) {
                     sink.push((slot, used.len));
                 }
-                tell |= state.leader != Leader::Port(port as u32);
+                if me != Some(port) {
+                    tell = true;
+                    wake |= state.leader == Leader::Port(port);
+                }
                 continue;
             }
             if let Some(pending) = state.pending.remove(&used.tag) {
                 let completion = self.complete(pending, used.len);
                 state.done.insert(used.tag, completion);
                 tell = true;
+                wake |= state.leader == Leader::Waiter;
             }
         }
         if tell {
             self.cond.notify_all();
-            if state.leader == Leader::Waiter {
-                self.wake_leader(state);
-            }
+        }
+        if wake {
+            self.wake_leader(state);
         }
     }
 
@@ -383,7 +391,7 @@ impl Queue {
         let deadline = Instant::now() + timeout;
         let mut state = self.lock();
         loop {
-            self.reap(&mut state);
+            self.reap(&mut state, None);
             if let Some(result) = ready(&mut state) {
                 return Ok(result);
             }
@@ -394,7 +402,7 @@ impl Queue {
             if left.is_zero() {
                 return Err(Error::Timeout);
             }
-            if state.leader != Leader::None || state.paused {
+            if state.leader != Leader::None || !state.ports.is_empty() || state.paused {
                 state = self
                     .cond
                     .wait_timeout(state, left)

@@ -154,12 +154,31 @@ impl Mapping {
         Ok(Mapping { ptr, len })
     }
 
+    /// Maps the whole of a file that is not empty, to be read.
+    pub fn whole(fd: BorrowedFd<'_>) -> Result<Self, Error> {
+        // SAFETY: stat is plain data; all-zero is a value of it.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: `stat` is writable for the call.
+        if unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) } < 0 {
+            return Err(Error::last_os("fstat"));
+        }
+        let len = usize::try_from(stat.st_size).map_err(|_| Error::Invalid("file size".into()))?;
+        Mapping::new(fd, 0, len, true)
+    }
+
     pub fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
 
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.len
+    }
+
+    /// The bytes of a read-only mapping. Its file must not shrink: that is the caller's care, as it is with every
+    /// file that a test compares with.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping is `len` bytes long and lives as long as `self`; nobody of ours writes to it.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 }
 

@@ -1,0 +1,523 @@
+//! Load loops: a mix of operations at a constant depth, with latencies, and with a look at every byte if asked.
+//!
+//! Latency runs from just before the request is made available to when its completion was taken from the ring;
+//! what the loop then does with it (checks of content and poison) counts for the next request at most.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+use crate::error::Error;
+use crate::exchange::{Exchange, Layout};
+use crate::fault::FaultKind;
+use crate::fuse::{self, IN_HEADER, OUT_HEADER};
+use crate::histogram::Histogram;
+use crate::port::{Port, Wait};
+use crate::queue::Queue;
+use crate::sys::Mapping;
+
+/// What a read must return.
+#[derive(Clone)]
+pub enum Expected {
+    /// Whatever comes, as long as the length is right.
+    Anything,
+    /// The bytes of a mapped file, the target's content beginning at this offset.
+    File(Arc<Mapping>, u64),
+    /// SHA-256 of each block of the operation's length; the last may be shorter.
+    Blocks(Vec<[u8; 32]>),
+}
+
+/// An object of an operation.
+#[derive(Clone)]
+pub struct Target {
+    pub nodeid: u64,
+    pub fh: u64,
+    /// Bytes of the file that is read.
+    pub size: u64,
+    /// What is looked up, without NUL.
+    pub name: Vec<u8>,
+    pub expected: Expected,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Getattr,
+    Lookup,
+    Read,
+}
+
+/// One kind of operation in a mix.
+pub struct Op {
+    pub kind: Kind,
+    /// Share in the mix.
+    pub weight: u32,
+    /// Bytes of a read; offsets are multiples of it.
+    pub len: u32,
+    /// Targets and offsets at random, else one after the other.
+    pub random: bool,
+    pub targets: Vec<Target>,
+}
+
+impl Op {
+    fn request_len(&self) -> usize {
+        IN_HEADER
+            + match self.kind {
+                Kind::Getattr => 16,
+                Kind::Lookup => self.targets.first().map_or(1, |t| t.name.len() + 1),
+                Kind::Read => 40,
+            }
+    }
+
+    fn reply_len(&self) -> usize {
+        OUT_HEADER
+            + match self.kind {
+                Kind::Getattr => fuse::ATTR_OUT,
+                Kind::Lookup => fuse::ENTRY_OUT,
+                Kind::Read => self.len as usize,
+            }
+    }
+
+    fn blocks(&self, target: &Target) -> u64 {
+        target.size.div_ceil(u64::from(self.len.max(1))).max(1)
+    }
+}
+
+/// What a load does.
+pub struct Spec {
+    pub ops: Vec<Op>,
+    /// Requests in flight per queue.
+    pub depth: usize,
+    /// Requests per queue, 0 for no limit.
+    pub count: u64,
+    /// Time after which nothing new is submitted.
+    pub duration: Duration,
+    pub wait: Wait,
+    pub layout: Layout,
+    /// Poison buffers, look at them after completion, and once more before they are used again.
+    pub canaries: bool,
+    /// Buffers beyond the depth that rest, poisoned, between two uses.
+    pub resting: usize,
+    pub seed: u64,
+    /// Time without any completion after which what is in flight is given up as lost.
+    pub stall: Duration,
+}
+
+/// What came of one operation of the mix.
+#[derive(Clone, Default)]
+pub struct OpOutcome {
+    pub errors: u64,
+    pub first_errno: i32,
+    /// Reads whose length or content is not the expected one.
+    pub wrong: u64,
+    pub bytes: u64,
+    pub latency: Histogram,
+}
+
+impl OpOutcome {
+    fn merge(&mut self, other: &OpOutcome) {
+        self.errors += other.errors;
+        self.first_errno = if self.first_errno == 0 {
+            other.first_errno
+        } else {
+            self.first_errno
+        };
+        self.wrong += other.wrong;
+        self.bytes += other.bytes;
+        self.latency.merge(&other.latency);
+    }
+}
+
+/// What came of a load.
+#[derive(Default)]
+pub struct Outcome {
+    pub elapsed: Duration,
+    /// Requests that were given up.
+    pub lost: u64,
+    pub kicks: u64,
+    pub kicks_suppressed: u64,
+    pub interrupts: u64,
+    /// By operation, in the order of the specification.
+    pub ops: Vec<OpOutcome>,
+}
+
+impl Outcome {
+    /// All operations together.
+    pub fn total(&self) -> OpOutcome {
+        let mut total = OpOutcome::default();
+        self.ops.iter().for_each(|op| total.merge(op));
+        total
+    }
+}
+
+/// Runs a load on each of `queues` at the same time, until it is done or `stop` changes.
+pub fn run(queues: &[Arc<Queue>], spec: &Spec, stop: &AtomicU64) -> Result<Outcome, Error> {
+    if spec.depth == 0
+        || spec.ops.iter().all(|op| op.weight == 0)
+        || spec.ops.iter().any(|op| op.targets.is_empty())
+    {
+        return Err(Error::Invalid(
+            "a load needs a depth, a weight and targets for every operation".into(),
+        ));
+    }
+    let stop_at = stop.load(Ordering::Relaxed);
+    let started = Instant::now();
+    let results = std::thread::scope(|scope| {
+        let threads: Vec<_> = queues
+            .iter()
+            .enumerate()
+            .map(|(i, queue)| {
+                scope.spawn(move || {
+                    Loop::new(queue, spec, i as u64)?
+                        .run(|| stop.load(Ordering::Relaxed) != stop_at)
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|t| {
+                t.join()
+                    .unwrap_or_else(|_| Err(Error::Broken("a load thread panicked".into())))
+            })
+            .collect::<Vec<_>>()
+    });
+    let mut all = Outcome {
+        ops: vec![OpOutcome::default(); spec.ops.len()],
+        ..Outcome::default()
+    };
+    for result in results {
+        let one = result?;
+        all.lost += one.lost;
+        all.kicks += one.kicks;
+        all.kicks_suppressed += one.kicks_suppressed;
+        all.interrupts += one.interrupts;
+        all.ops
+            .iter_mut()
+            .zip(&one.ops)
+            .for_each(|(all, one)| all.merge(one));
+    }
+    all.elapsed = started.elapsed();
+    Ok(all)
+}
+
+/// A request in flight.
+struct Slot {
+    exchange: Exchange,
+    op: usize,
+    target: usize,
+    offset: u64,
+    unique: u64,
+    submitted: Instant,
+}
+
+/// The state of a load on one queue.
+struct Loop<'a> {
+    queue: &'a Queue,
+    spec: &'a Spec,
+    slots: Vec<Option<Slot>>,
+    free: Vec<u32>,
+    /// Idle exchanges by operation.
+    idle: Vec<VecDeque<Exchange>>,
+    /// For sequential operations: target and block to read next.
+    cursors: Vec<(usize, u64)>,
+    total_weight: u64,
+    random: u64,
+    unique: u64,
+    buf: Vec<u8>,
+    outcome: Outcome,
+}
+
+impl<'a> Loop<'a> {
+    fn new(queue: &'a Queue, spec: &'a Spec, index: u64) -> Result<Self, Error> {
+        let resting = if spec.canaries { spec.resting } else { 0 };
+        let mut idle = Vec::new();
+        for op in &spec.ops {
+            let exchanges: Result<VecDeque<Exchange>, Error> = (0..spec.depth + resting)
+                .map(|_| queue.exchange(op.request_len(), op.reply_len(), spec.layout, None))
+                .collect();
+            idle.push(exchanges?);
+        }
+        Ok(Loop {
+            queue,
+            spec,
+            slots: (0..spec.depth).map(|_| None).collect(),
+            free: (0..spec.depth as u32).rev().collect(),
+            idle,
+            cursors: vec![(0, 0); spec.ops.len()],
+            total_weight: spec.ops.iter().map(|op| u64::from(op.weight)).sum(),
+            random: spec.seed ^ (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            unique: (1 << 62) + (index << 48),
+            buf: Vec::new(),
+            outcome: Outcome {
+                ops: vec![OpOutcome::default(); spec.ops.len()],
+                ..Outcome::default()
+            },
+        })
+    }
+
+    /// SplitMix64.
+    fn next_random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A random number below `n`.
+    fn below(&mut self, n: u64) -> u64 {
+        ((u128::from(self.next_random()) * u128::from(n.max(1))) >> 64) as u64
+    }
+
+    fn pick_op(&mut self) -> usize {
+        if self.spec.ops.len() == 1 {
+            return 0;
+        }
+        let mut at = self.below(self.total_weight);
+        for (i, op) in self.spec.ops.iter().enumerate() {
+            match at.checked_sub(u64::from(op.weight)) {
+                None => return i,
+                Some(rest) => at = rest,
+            }
+        }
+        0
+    }
+
+    /// Target and block of the next request of an operation.
+    fn pick(&mut self, i: usize) -> (usize, u64) {
+        let op = &self.spec.ops[i];
+        if op.random {
+            let target = self.below(op.targets.len() as u64) as usize;
+            return (target, self.below(op.blocks(&op.targets[target])));
+        }
+        let (target, block) = self.cursors[i];
+        let next = block + 1;
+        let wrapped = op.kind != Kind::Read || next >= op.blocks(&op.targets[target]);
+        self.cursors[i] = if wrapped {
+            ((target + 1) % op.targets.len(), 0)
+        } else {
+            (target, next)
+        };
+        (target, block)
+    }
+
+    fn prepare(&mut self) -> Result<Slot, Error> {
+        let i = self.pick_op();
+        let (target, block) = self.pick(i);
+        let op = &self.spec.ops[i];
+        // With canaries the buffer that rested longest, else the one still warm.
+        let idle = &mut self.idle[i];
+        let taken = if self.spec.canaries {
+            idle.pop_front()
+        } else {
+            idle.pop_back()
+        };
+        let mut exchange = taken.ok_or_else(|| Error::Broken("no idle exchange".into()))?;
+        if self.spec.canaries {
+            exchange.verify_untouched("a request of a load", &self.queue.faults, self.queue.index);
+        }
+        let offset = block * u64::from(op.len);
+        self.unique += 2;
+        let t = &op.targets[target];
+        let (opcode, len) = match op.kind {
+            Kind::Getattr => {
+                exchange.write_request(IN_HEADER, &[0; 16]);
+                (fuse::GETATTR, IN_HEADER + 16)
+            }
+            Kind::Lookup => {
+                let len = IN_HEADER + t.name.len() + 1;
+                exchange.set_request_len(&self.queue.memory, len, self.spec.layout)?;
+                exchange.write_request(IN_HEADER, &t.name);
+                exchange.write_request(len - 1, &[0]);
+                (fuse::LOOKUP, len)
+            }
+            Kind::Read => {
+                exchange.write_request(IN_HEADER, &fuse::read_in(t.fh, offset, op.len));
+                (fuse::READ, IN_HEADER + 40)
+            }
+        };
+        exchange.write_request(
+            0,
+            &fuse::in_header(len as u32, opcode, self.unique, t.nodeid),
+        );
+        Ok(Slot {
+            exchange,
+            op: i,
+            target,
+            offset,
+            unique: self.unique,
+            submitted: Instant::now(),
+        })
+    }
+
+    fn run(mut self, stopped: impl Fn() -> bool) -> Result<Outcome, Error> {
+        let stats = &self.queue.stats;
+        let before = [&stats.kicks, &stats.kicks_suppressed, &stats.interrupts]
+            .map(|s| s.load(Ordering::Relaxed));
+        let end = self.work(stopped);
+        let after = [&stats.kicks, &stats.kicks_suppressed, &stats.interrupts]
+            .map(|s| s.load(Ordering::Relaxed));
+        self.outcome.kicks = after[0] - before[0];
+        self.outcome.kicks_suppressed = after[1] - before[1];
+        self.outcome.interrupts = after[2] - before[2];
+        if self.spec.canaries {
+            for exchange in self.idle.iter().flatten() {
+                exchange.verify_untouched(
+                    "a request of a load",
+                    &self.queue.faults,
+                    self.queue.index,
+                );
+            }
+        }
+        end?;
+        Ok(self.outcome)
+    }
+
+    fn work(&mut self, stopped: impl Fn() -> bool) -> Result<(), Error> {
+        let queue = self.queue;
+        let port = Port::open(queue, self.spec.wait);
+        let started = Instant::now();
+        let mut left = if self.spec.count == 0 {
+            u64::MAX
+        } else {
+            self.spec.count
+        };
+        // Prepared slots that the ring had no room for yet, oldest first.
+        let mut waiting: VecDeque<u32> = VecDeque::new();
+        let mut done = Vec::with_capacity(self.spec.depth);
+        let mut now = started;
+        loop {
+            if left > 0 && (now.duration_since(started) >= self.spec.duration || stopped()) {
+                left = 0;
+            }
+            while left > 0 {
+                let Some(slot) = self.free.pop() else { break };
+                let prepared = self.prepare()?;
+                self.slots[slot as usize] = Some(prepared);
+                waiting.push_back(slot);
+                left -= 1;
+            }
+            if self.free.len() == self.slots.len() {
+                return Ok(());
+            }
+            let result = self.turn(&port, &mut waiting, &mut done);
+            now = Instant::now();
+            for (slot, used) in done.drain(..) {
+                self.finish(slot, used, now);
+            }
+            match result {
+                Ok(()) => {}
+                Err(e) => {
+                    let open: Vec<Slot> = self.slots.iter_mut().filter_map(Option::take).collect();
+                    self.outcome.lost = open.len() as u64;
+                    port.abandon(open.into_iter().map(|slot| slot.exchange));
+                    // Who stalled, went or was reset left an outcome all the same.
+                    return if matches!(e, Error::Timeout | Error::Reset | Error::Closed) {
+                        Ok(())
+                    } else {
+                        Err(e)
+                    };
+                }
+            }
+        }
+    }
+
+    fn turn(
+        &mut self,
+        port: &Port<'_>,
+        waiting: &mut VecDeque<u32>,
+        done: &mut Vec<(u32, u32)>,
+    ) -> Result<(), Error> {
+        let now = Instant::now();
+        for &i in waiting.iter() {
+            self.slots[i as usize]
+                .iter_mut()
+                .for_each(|slot| slot.submitted = now);
+        }
+        let slots = &self.slots;
+        let batch = waiting
+            .iter()
+            .filter_map(|&i| Some((i, &slots[i as usize].as_ref()?.exchange)));
+        let n = if waiting.is_empty() {
+            0
+        } else {
+            port.submit(batch)?
+        };
+        waiting.drain(..n);
+        port.completions(self.spec.stall, done)
+    }
+
+    fn finish(&mut self, index: u32, used: u32, now: Instant) {
+        let Some(slot) = self.slots.get_mut(index as usize).and_then(Option::take) else {
+            return;
+        };
+        self.free.push(index);
+        let (faults, q) = (&self.queue.faults, self.queue.index);
+        let outcome = &mut self.outcome.ops[slot.op];
+        outcome
+            .latency
+            .record(now.duration_since(slot.submitted).as_nanos() as u64);
+        let header = slot.exchange.verify(slot.unique, used, faults, q);
+        if self.spec.canaries {
+            slot.exchange.verify_poison(used, slot.unique, faults, q);
+        }
+        let error = header.map_or(libc::EPROTO, |h| -h.error);
+        if error != 0 {
+            outcome.errors += 1;
+            outcome.first_errno = if outcome.first_errno == 0 {
+                error
+            } else {
+                outcome.first_errno
+            };
+        } else {
+            let len = (used as usize).min(slot.exchange.reply_capacity()) - OUT_HEADER;
+            outcome.bytes += len as u64;
+            let op = &self.spec.ops[slot.op];
+            if op.kind == Kind::Read && !content_is_right(op, &slot, len, &mut self.buf) {
+                outcome.wrong += 1;
+                faults.record(FaultKind::WrongData, || {
+                    let t = &op.targets[slot.target];
+                    format!(
+                        "queue {q}: node {}, {len} bytes at {} of {}",
+                        t.nodeid, slot.offset, t.size
+                    )
+                });
+            }
+        }
+        if self.spec.canaries {
+            slot.exchange.poison();
+        }
+        self.idle[slot.op].push_back(slot.exchange);
+    }
+}
+
+fn content_is_right(op: &Op, slot: &Slot, len: usize, buf: &mut Vec<u8>) -> bool {
+    let target = &op.targets[slot.target];
+    let want = u64::from(op.len).min(target.size.saturating_sub(slot.offset)) as usize;
+    if len != want {
+        return false;
+    }
+    match &target.expected {
+        Expected::Anything => true,
+        Expected::File(file, start) => {
+            let at = usize::try_from(start + slot.offset).unwrap_or(usize::MAX);
+            file.bytes()
+                .get(at..)
+                .and_then(|b| b.get(..want))
+                .is_some_and(|b| slot.exchange.reply_equals(OUT_HEADER, b))
+        }
+        Expected::Blocks(digests) => {
+            buf.resize(want, 0);
+            slot.exchange.read_reply(OUT_HEADER, buf);
+            let block = (slot.offset / u64::from(op.len.max(1))) as usize;
+            digests
+                .get(block)
+                .is_some_and(|d| Sha256::digest(&buf).as_slice() == d)
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;
