@@ -11,7 +11,7 @@ from typing import Any
 FAULTS = {
     "delay": "the answer comes after seconds [1.0]",
     "hold": "no answer until the fault is released",
-    "stall": "the head comes, then nothing until the fault is released",
+    "stall": "the head and a byte come, then nothing until the fault is released",
     "status": "code [500], with retry_after [none] if given, and a small body",
     "throttle": "429 with Retry-After: retry_after [1]",
     "server-error": "code [503] without Retry-After",
@@ -27,7 +27,7 @@ FAULTS = {
     "slow-loris": "the body comes byte by byte, one each interval [1.0] seconds",
     "corrupt": "one bit of the body is flipped, at byte at [middle]",
     "encoded": "the body is said to be gzip",
-    "redirect": "307 to a signed URL on another origin, refused after uses [none] uses or ttl [none] seconds",
+    "redirect": "307 to a signed URL on another origin, refused after uses [none] or ttl [none] seconds",
     "redirect-loop": "307 to the same URL",
     "redirect-to": "307 to url",
     "expire-tokens": "all tokens end, and the request is answered 401",

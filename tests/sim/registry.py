@@ -32,7 +32,7 @@ from aiohttp import web
 
 from tests.sim.faults import Fault
 from tests.sim.gate import Auth, Gate
-from tests.sim.replies import Link, Record, send_part
+from tests.sim.replies import Link, Record, send_part, send_redirect
 from tests.sim.store import Store, sha256
 
 _BYTES = {"Content-Type": "application/octet-stream"}
@@ -368,10 +368,7 @@ class RegistrySimulator:
             elif fault.name == "redirect-to":
                 location = fault.params["url"]
             if location is not None:
-                return self._answer(
-                    record,
-                    web.Response(status=307, text="Temporary Redirect", headers={"Location": location}),
-                )
+                return await send_redirect(request, record, location)
         return await send_part(
             self.link, request, record, met, data, {"Content-Type": "application/octet-stream"}
         )

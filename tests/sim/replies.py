@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -81,7 +82,9 @@ async def send_part(
     if request.method == "HEAD":
         return response
     if "stall" in names:
+        await response.write(body[:1])
         await names["stall"].wait()
+        body = body[1:]
     if "cut" in names:
         body = body[: names["cut"].params.get("after_bytes", 1000)]
     try:
@@ -94,6 +97,20 @@ async def send_part(
         await asyncio.sleep(0.02)  # the bytes get out before the connection ends
         if request.transport is not None:
             request.transport.close()
+    return response
+
+
+async def send_redirect(request: web.Request, record: Record, location: str) -> web.StreamResponse:
+    """A 307 whose little body comes in two pieces, the second one late."""
+    record.status = 307
+    response = web.StreamResponse(status=307, headers={"Location": location})
+    text = b"Temporary Redirect"
+    response.content_length = len(text)
+    await response.prepare(request)
+    await response.write(text[:4])
+    await asyncio.sleep(0.02)
+    with contextlib.suppress(ConnectionError):
+        await response.write(text[4:])
     return response
 
 
