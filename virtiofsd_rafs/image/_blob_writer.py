@@ -116,8 +116,8 @@ class BlobWriter:
             )
         ]
         array = b"".join(map(build_v1, self.chunks))
-        # A table of contents has no number for gzip.
-        stored = array if self._compressor == c.Compressor.GZIP else self._compress(array)
+        # In the table of contents gzip has no number, and nydusd does not unpack lz4_block from there.
+        stored = self._compress(array) if self._compressor is c.Compressor.ZSTD else array
         ci_compressor = self._compressor if len(stored) < len(array) else c.Compressor.NONE
         ci_offset = self._offset
         header = build_header(

@@ -6,6 +6,7 @@ Memory grows with the number of files and chunks, never with their size.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from virtiofsd_rafs.image._scan import SourceInode, in_order, scan
 from virtiofsd_rafs.rafs import c_rafs_v6 as c
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Callable, Iterator
 
 BOOTSTRAP_NAME = "image.boot"
@@ -104,13 +106,12 @@ def _algorithms(compressor: str, digester: str) -> tuple[c.Compressor, c.Digeste
 def _store(source: Path, inode: SourceInode, writer: BlobWriter, chunk_size: int) -> int:
     """Adds the content of a file to the blob, chunk by chunk, and returns its size."""
     size = 0
+    path = os.path.join(os.fsencode(source), inode.path)
     try:
-        fd = os.open(
-            os.path.join(os.fsencode(source), inode.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        )
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         # Unbuffered: the chunk is the buffer.
         with open(fd, "rb", buffering=0) as file:
-            while data := _read_chunk(file, chunk_size):
+            for data in _chunks(file, inode.st.st_size, chunk_size):
                 inode.chunks.append(writer.add(data, size))
                 size += len(data)
             after = os.fstat(fd)
@@ -118,15 +119,43 @@ def _store(source: Path, inode: SourceInode, writer: BlobWriter, chunk_size: int
         raise inode.fail(str(e), remedy="use a larger --chunk-size or split the tree") from e
     except OSError as e:
         raise inode.fail(os.strerror(e.errno or 0)) from e
-    if size != inode.st.st_size or after.st_mtime_ns != inode.st.st_mtime_ns:
+    if size != inode.st.st_size or (after.st_size, after.st_mtime_ns) != (size, inode.st.st_mtime_ns):
         raise inode.fail("the file changed while the image was built")
     return size
 
 
-def _read_chunk(file: IO[bytes], size: int) -> bytes:
-    """The next *size* bytes, fewer only at the end of the file."""
-    data = file.read(size)
-    while 0 < len(data) < size and (more := file.read(size - len(data))):
+def _chunks(file: io.FileIO, size: int, chunk_size: int) -> Iterator[bytes]:
+    """The content of *file* in pieces of *chunk_size* bytes; ends early where the file does."""
+    zeros = b""
+    data_start = 0  # no data in the file lies between the position and here
+    for position in range(0, size, chunk_size):
+        length = min(chunk_size, size - position)
+        if data_start < position + length:
+            data_start = _next_data(file.fileno(), position, size)
+        if data_start >= position + length:
+            # A hole is stored like the zeros that it reads as, but need not be read.
+            if len(zeros) != length:
+                zeros = bytes(length)
+            yield zeros
+            continue
+        file.seek(position)
+        yield _read(file, length)
+
+
+def _next_data(fd: int, position: int, size: int) -> int:
+    """Where the next data at or behind *position* starts; *size* when there is none."""
+    try:
+        return os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as e:
+        if e.errno == errno.ENXIO:
+            return size
+        return position  # the file system cannot tell
+
+
+def _read(file: io.FileIO, length: int) -> bytes:
+    """The next *length* bytes, fewer only at the end of the file."""
+    data = file.read(length)
+    while 0 < len(data) < length and (more := file.read(length - len(data))):
         data += more
     return data
 
