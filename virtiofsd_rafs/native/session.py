@@ -17,6 +17,9 @@ _BATCH = 256
 _STATUS_LEN = 65536
 _MAX_MOUNT_FDS = 2 + 3 * 255
 
+# What a failpoint does (native/crates/session/src/failpoint.rs, which also numbers the points).
+KILL, HANG, ABORT = 1, 2, 3
+
 
 class Post(NamedTuple):
     """A chunk that a parked request waits for. ``time_ns`` is CLOCK_MONOTONIC."""
@@ -157,9 +160,9 @@ class Session:
         assert isinstance(status, dict)
         return status
 
-    def arm_failpoint(self, point: int, *, skip: int = 0, action: int = 1) -> None:
-        """Kill (1), hang (2) or abort (3) the worker when it passes *point* for the ``skip + 1``-th time."""
-        raise_for(lib.vr_session_failpoint(self._handle, point, skip, action))
+    def arm_failpoint(self, point: int, *, skip: int = 0, action: int = KILL, times: int = 1) -> None:
+        """Kill, hang or abort the worker when it passes *point*: *times* times, after *skip* free passes."""
+        raise_for(lib.vr_session_failpoint(self._handle, point, skip, action, times))
 
     def armed_failpoint(self) -> int:
         """The point that has not acted yet, or 0."""

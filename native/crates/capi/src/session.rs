@@ -297,7 +297,8 @@ pub unsafe extern "C" fn vr_session_mount(handle: *mut c_void, out: *mut i32, ma
     })
 }
 
-/// Arms failpoint `point` (0 disarms) to act when the worker passes it for the `skip + 1`-th time.
+/// Arms failpoint `point` (0 disarms) to act when the worker passes it for the `skip + 1`-th time, and
+/// `times` times in all.
 ///
 /// # Safety
 /// `handle` as for all functions here.
@@ -307,13 +308,14 @@ pub unsafe extern "C" fn vr_session_failpoint(
     point: u32,
     skip: i32,
     action: u32,
+    times: i32,
 ) -> i64 {
     guard(|| {
         // SAFETY: forwarded.
         unsafe { session(handle)? }
             .shared
             .failpoint()
-            .arm(point, skip, action);
+            .arm(point, skip, action, times);
         Ok(0)
     })
 }

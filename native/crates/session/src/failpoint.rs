@@ -1,5 +1,5 @@
 //! Named places where a test can kill or hang the worker. One place is armed at a time, in shared memory, and is
-//! disarmed before it acts: the next worker passes.
+//! disarmed before it acts for the last time: then the next worker passes.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
@@ -50,6 +50,7 @@ pub struct Failpoint {
     point: AtomicU32,
     skip: AtomicI32,
     action: AtomicU32,
+    times: AtomicI32,
 }
 
 /// The process kills itself.
@@ -60,11 +61,12 @@ pub const ACTION_HANG: u32 = 2;
 pub const ACTION_ABORT: u32 = 3;
 
 impl Failpoint {
-    /// Arms `point` (0 disarms) to act when it is passed for the `skip + 1`-th time.
-    pub fn arm(&self, point: u32, skip: i32, action: u32) {
+    /// Arms `point` (0 disarms) to act when it is passed for the `skip + 1`-th time, and `times` times in all.
+    pub fn arm(&self, point: u32, skip: i32, action: u32, times: i32) {
         self.point.store(0, Ordering::SeqCst);
         self.skip.store(skip, Ordering::SeqCst);
         self.action.store(action, Ordering::SeqCst);
+        self.times.store(times, Ordering::SeqCst);
         self.point.store(point, Ordering::SeqCst);
     }
 
@@ -77,21 +79,19 @@ impl Failpoint {
     #[inline]
     pub fn pass(&self, point: Point) {
         if self.point.load(Ordering::Relaxed) == point as u32 {
-            self.act(point);
+            self.act();
         }
     }
 
     #[cold]
-    fn act(&self, point: Point) {
+    fn act(&self) {
         if self.skip.fetch_sub(1, Ordering::SeqCst) > 0 {
             return;
         }
-        if self
-            .point
-            .compare_exchange(point as u32, 0, Ordering::SeqCst, Ordering::SeqCst)
-            .is_err()
-        {
-            return;
+        match self.times.fetch_sub(1, Ordering::SeqCst) {
+            i32::MIN..=0 => return,
+            1 => self.point.store(0, Ordering::SeqCst),
+            _ => {}
         }
         match self.action.load(Ordering::SeqCst) {
             ACTION_HANG => loop {

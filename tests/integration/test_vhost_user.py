@@ -1,0 +1,194 @@
+"""What VMMs do to a running device, played by the front-end kit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import pytest
+
+from tests.integration.conftest import Served, children, run_daemon
+from virtiofsd_rafs.fuse import Opcode
+from virtiofsd_rafs.native.frontend import Frontend
+from virtiofsd_rafs.native.frontend_link import Region
+from virtiofsd_rafs.native.session import Session
+
+
+def test_warm_requests_do_not_wait_for_a_missing_chunk(start) -> None:
+    served: Served = start()
+    served.collect([served.submit_read("f001", 0, 4096)])
+    fault = served.sim.fault("hold", where="blob")
+    waiting = [served.submit_read("big", 1 << 20, 65536)]
+    served.wait_for(lambda: served.parked() == 1)
+    for _ in range(100):
+        served.collect([served.submit_read("f001", 0, 4096)])
+        assert served.fe.getattr(served.node("f001")).size == len(served.image.files["f001"])
+        served.fe.forget(served.node("f001"))
+    assert served.parked() == 1
+    fault.release()
+    served.collect(waiting)
+    served.check_ring()
+
+
+def test_stop_and_continue_with_parked_requests(start) -> None:
+    """QEMU `stop` / `cont`: GET_VRING_BASE is answered with a dead remote, nothing is written meanwhile."""
+    served: Served = start(queue_size=64)
+    fault = served.sim.fault("hold", where="blob")
+    waiting = served.random_reads(random.Random(1))
+    served.wait_for(lambda: served.parked() == 32)
+    bases = served.fe.stop()
+    fault.release()
+    served.check_ring()
+    served.fe.resume(bases)
+    served.collect(waiting)
+    served.check_ring()
+
+
+def test_stop_and_continue_again_and_again(start) -> None:
+    served: Served = start(queue_size=64)
+    rng = random.Random(2)
+    for _ in range(20):
+        reads = served.random_reads(rng)
+        served.fe.resume(served.fe.stop())
+        served.collect(reads)
+    served.check_ring()
+
+
+def test_the_worker_dies_while_it_stops(start) -> None:
+    served: Served = start(queue_size=64)
+    fault = served.sim.fault("hold", where="blob")
+    waiting = served.random_reads(random.Random(3))
+    served.wait_for(lambda: served.parked() == 32)
+    served.session.arm_failpoint(15)
+    bases = served.fe.stop()
+    assert served.session.armed_failpoint() == 0
+    fault.release()
+    served.fe.resume(bases)
+    served.collect(waiting)
+    served.check_ring()
+
+
+def test_reset_with_parked_requests_starts_a_new_session(start) -> None:
+    """QEMU `system_reset`: the old guest's requests are forgotten, the new guest gets an INIT of its own."""
+    served: Served = start(queue_size=64)
+    fault = served.sim.fault("hold", where="blob")
+    served.random_reads(random.Random(4))
+    served.wait_for(lambda: served.parked() == 32)
+    served.fe.reset()
+    fault.release()
+    served.fe.start()
+    assert served.fe.init().major == 7
+    served.collect(served.random_reads(random.Random(5)))
+    served.check_ring()
+
+
+def test_a_second_init_without_destroy(start) -> None:
+    served: Served = start()
+    served.collect([served.submit_read("f001", 0, 4096)])
+    assert served.fe.init().major == 7
+    served.collect([served.submit_read("f002", 0, 4096)])
+    served.check_ring()
+
+
+def test_call_fds_are_swapped_while_requests_run(start) -> None:
+    served: Served = start(queue_size=64)
+    rng = random.Random(6)
+    for _ in range(20):
+        reads = served.random_reads(rng)
+        served.fe.swap_call(1)
+        served.collect(reads)
+    served.check_ring()
+
+
+def test_memory_comes_and_goes_while_requests_run(start) -> None:
+    served: Served = start(queue_size=64)
+    rng = random.Random(7)
+    for _ in range(5):
+        reads = served.random_reads(rng)
+        region = served.fe.add_region(Region(gpa=1 << 36, size=4 << 20))
+        served.collect(reads)
+        reads = served.random_reads(rng)
+        served.fe.remove_region(region.gpa)
+        served.collect(reads)
+    served.check_ring()
+
+
+def test_a_kick_before_the_ring_is_enabled_is_not_lost(start) -> None:
+    served: Served = start()
+    node = served.node("f001")
+    served.fe.set_vring_enable(1, False)
+    token = served.fe.request(Opcode.GETATTR, node, bytes(16), 104)
+    assert served.fe.poll(1, 0.2) == set(), "a disabled ring was served"
+    served.fe.set_vring_enable(1, True)
+    assert served.fe.wait(token, 10).error == 0
+    served.check_ring()
+
+
+@pytest.mark.parametrize("queues", [2, 8])
+def test_several_request_queues(start, queues: int) -> None:
+    served: Served = start(queues=queues, queue_size=128)
+    rng = random.Random(8)
+    for _ in range(5):
+        reads = []
+        for queue in range(1, queues + 1):
+            reads += served.random_reads(rng, queue=queue)
+        served.collect(reads)
+    served.check_ring()
+
+
+@pytest.mark.parametrize("size", [2, 8, 1024])
+def test_queue_sizes(start, size: int) -> None:
+    """With indirect tables a request takes one slot, so the smallest ring holds two."""
+    served: Served = start(queue_size=size)
+    rng = random.Random(size)
+    for _ in range(20):
+        served.collect(served.random_reads(rng, min(size, 32)))
+    served.check_ring()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_while_the_registry_is_dead(start, name: str) -> None:
+    served: Served = start()
+    served.sim.fault("hold", where="blob")
+    served.random_reads(random.Random(9))
+    served.wait_for(lambda: served.parked() == 32)
+    pids = children(served.daemon.process.pid)
+    assert len(pids) == 2
+    os.kill(served.daemon.process.pid, getattr(signal, name))
+    assert served.daemon.wait_end() == 0
+    assert not served.daemon.socket.exists()
+    assert not served.daemon.api_socket.exists()
+
+
+def test_it_ends_with_its_vm(start) -> None:
+    served: Served = start()
+    served.fe.close()
+    assert served.daemon.wait_end() == 0
+
+
+def test_keep_listens_again(made_image, registry_sim, short_dir) -> None:
+    registry_sim.store.add_build("app", "1", made_image.out)
+    with run_daemon(registry_sim, short_dir, "--keep") as daemon:
+        for _ in range(3):
+            with Frontend.connect(daemon.socket) as fe:
+                fe.start()
+                fe.init()
+                served = Served(daemon, Session.attach(daemon.process.pid), made_image, registry_sim, fe)
+                served.collect([served.submit_read("f003", 0, 65536)])
+                served.check_ring()
+
+
+def test_half_a_message_ends_the_connection_and_not_the_keeper(made_image, registry_sim, short_dir) -> None:
+    import socket
+
+    registry_sim.store.add_build("app", "1", made_image.out)
+    with run_daemon(registry_sim, short_dir, "--keep") as daemon:
+        with socket.socket(socket.AF_UNIX) as half:
+            half.connect(str(daemon.socket))
+            half.sendall(bytes([1, 0, 0, 0, 1, 0]))
+            half.settimeout(20)
+            assert half.recv(1) == b""
+        with Frontend.connect(daemon.socket) as fe:
+            fe.start()
+            assert fe.init().major == 7
