@@ -129,7 +129,7 @@ def short_dir() -> Iterator[Path]:
 def start(
     made_image: MadeImage, registry_sim: RegistrySimulator, short_dir: Path
 ) -> Iterator[Callable[..., Served]]:
-    """``start(*serve_options, **front_end_options)``: a daemon with an empty cache and a started front-end."""
+    """``start(*serve_options, **front_end_options)``: a daemon with an empty cache, and a started VM."""
     registry_sim.store.add_build("app", "1", made_image.out)
     with ExitStack() as stack:
 

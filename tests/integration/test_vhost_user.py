@@ -119,7 +119,7 @@ def test_a_kick_before_the_ring_is_enabled_is_not_lost(start) -> None:
     node = served.node("f001")
     served.fe.set_vring_enable(1, False)
     token = served.fe.request(Opcode.GETATTR, node, bytes(16), 104)
-    assert served.fe.poll(1, 0.2) == set(), "a disabled ring was served"
+    assert token.id not in served.fe.poll(1, 0.2), "a disabled ring was served"
     served.fe.set_vring_enable(1, True)
     assert served.fe.wait(token, 10).error == 0
     served.check_ring()
@@ -188,7 +188,9 @@ def test_half_a_message_ends_the_connection_and_not_the_keeper(made_image, regis
             half.connect(str(daemon.socket))
             half.sendall(bytes([1, 0, 0, 0, 1, 0]))
             half.settimeout(20)
-            assert half.recv(1) == b""
+            # The keeper closes with half a message unread, which a unix socket reports as a reset.
+            with pytest.raises(ConnectionResetError):
+                half.recv(1)
         with Frontend.connect(daemon.socket) as fe:
             fe.start()
             assert fe.init().major == 7

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from virtiofsd_rafs.config import ServeConfig
 
-# sun_path of sockaddr_un, without the terminating NUL (unix(7)).
-_MAX_SOCKET_PATH = 107
+# sun_path of sockaddr_un without the terminating NUL (unix(7)), less the suffix of the name it is bound by.
+_MAX_SOCKET_PATH = 107 - len(".new")
 
 
 def bind_socket(path: Path, *, mode: int) -> socket.socket:
@@ -36,9 +36,13 @@ def bind_socket(path: Path, *, mode: int) -> socket.socket:
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old_umask = os.umask(0o777 & ~mode)
+    # Whoever waits for the name to appear connects at once: it must not be there before somebody listens.
+    new = path.with_name(path.name + ".new")
     try:
-        sock.bind(os.fspath(path))
+        new.unlink(missing_ok=True)
+        sock.bind(os.fspath(new))
         sock.listen(16)
+        new.rename(path)
     except OSError as e:
         sock.close()
         raise SocketSetupError(

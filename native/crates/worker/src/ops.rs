@@ -37,7 +37,14 @@ pub fn inode(tree: &Tree<'_>, nodeid: u64) -> Result<Inode, Errno> {
     Ok(tree.inode(nid)?)
 }
 
-fn attr(inode: &Inode) -> Attr {
+fn attr(tree: &Tree<'_>, inode: &Inode) -> Attr {
+    // Without EXPLICIT_UID_GID an image names no owners: the daemon's stand in, as with nydusd.
+    let (uid, gid) = if tree.superblock().explicit_uid_gid() {
+        (inode.uid, inode.gid)
+    } else {
+        // SAFETY: plain system calls that cannot fail.
+        unsafe { (libc::geteuid(), libc::getegid()) }
+    };
     Attr {
         ino: inode.nid,
         size: inode.size,
@@ -45,8 +52,8 @@ fn attr(inode: &Inode) -> Attr {
         mtime_nsec: inode.mtime_nsec,
         mode: inode.mode,
         nlink: inode.nlink,
-        uid: inode.uid,
-        gid: inode.gid,
+        uid,
+        gid,
         rdev: inode.rdev,
     }
 }
@@ -67,7 +74,7 @@ pub fn answer(
     match code {
         opcode::LOOKUP => lookup(tree, nodeid, args, out),
         opcode::GETATTR => {
-            out.extend_from_slice(&reply::attr_out(&attr(&inode(tree, nodeid)?)));
+            out.extend_from_slice(&reply::attr_out(&attr(tree, &inode(tree, nodeid)?)));
             Ok(())
         }
         opcode::READLINK => readlink(tree, nodeid, out),
@@ -169,7 +176,7 @@ fn lookup(tree: &Tree<'_>, nodeid: u64, args: &[u8], out: &mut Vec<u8>) -> Resul
             let child = tree.inode(nid)?;
             out.extend_from_slice(&reply::entry_out(
                 nodeid_of(nid, tree.root()),
-                &attr(&child),
+                &attr(tree, &child),
             ));
         }
         // Node id 0 with a validity: a negative entry that the kernel keeps. ENOENT would be asked again each time.
@@ -267,7 +274,7 @@ fn readdir(
                 reply::entry_out(0, &Attr::default())
             } else {
                 let child = tree.inode(entry.nid)?;
-                reply::entry_out(nodeid_of(entry.nid, tree.root()), &attr(&child))
+                reply::entry_out(nodeid_of(entry.nid, tree.root()), &attr(tree, &child))
             };
             out.extend_from_slice(&head);
         }
