@@ -7,13 +7,23 @@ cached.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
 from virtiofsd_rafs.errors import VirtiofsdRafsError
-from virtiofsd_rafs.runtime.mount import FATAL, FRONTEND, MESSAGE, MOUNT_INDEX, SHUTDOWN, Mounter, send
+from virtiofsd_rafs.runtime.mount import (
+    FATAL,
+    FRONTEND,
+    MESSAGE,
+    MOUNT_INDEX,
+    SHUTDOWN,
+    KeeperGone,
+    Mounter,
+    send,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -49,8 +59,11 @@ def main(session: Session, keeper: socket.socket, api: socket.socket, config: Se
     except VirtiofsdRafsError as e:
         print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr, flush=True)
         if not had_mount:
-            send(keeper, FATAL, e.exit_code)
+            with contextlib.suppress(KeeperGone):
+                send(keeper, FATAL, e.exit_code)
         return e.exit_code
+    except KeeperGone:
+        return 0
 
 
 def _raise_nofile() -> None:

@@ -59,8 +59,12 @@ class Mounted:
     """Seconds since the epoch."""
 
 
+class KeeperGone(Exception):
+    """The keeper has ended, and with it the reason to be here."""
+
+
 def send(keeper: socket.socket, *words: int, fds: list[int] | None = None) -> None:
-    """Sends one message. When the keeper has gone, so has the reason to be here: SystemExit(0)."""
+    """Sends one message. Raises KeeperGone."""
     message = MESSAGE.pack(*words, *[0] * (4 - len(words)))
     try:
         if fds:
@@ -68,7 +72,7 @@ def send(keeper: socket.socket, *words: int, fds: list[int] | None = None) -> No
         else:
             keeper.send(message)
     except (BrokenPipeError, ConnectionResetError):
-        raise SystemExit(0) from None
+        raise KeeperGone from None
 
 
 def seal_bootstrap(bootstrap: bytes) -> int:
