@@ -361,6 +361,13 @@ class Planner:
         chunks = [chunk]
         wants = {chunk: want}
         if not want.alone:
+            for other in layout.before(chunk):
+                at, stop = offsets[other], offsets[other] + lengths[other]
+                if start - stop > self._gap or end - at > self._amplify:
+                    break
+                if self._take(blob, other, wants):
+                    chunks.insert(0, other)
+                    start = min(start, at)
             # With more wants than connections, reading ahead would only make them wait longer.
             room = self._connections - len(self._fetches) - 1
             read_ahead = want.attempts == 0 and len(self._queue) <= room
@@ -375,13 +382,6 @@ class Planner:
                     budget -= layout.chunks.size(other)
                     if budget <= 0:
                         break
-            for other in layout.before(chunk):
-                at, stop = offsets[other], offsets[other] + lengths[other]
-                if start - stop > self._gap or end - at > self._amplify:
-                    break
-                if self._take(blob, other, wants):
-                    chunks.insert(0, other)
-                    start = min(start, at)
         fetch = Fetch(
             fetch_id=next(self._ids),
             blob=blob,

@@ -1,0 +1,346 @@
+"""The planner's decisions, case by case. Time is a number, randomness is fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from virtiofsd_rafs.runtime.planner import MAX_RETRY_AFTER_S, Origin, Planner, Posted
+
+WHO = Origin(7, 0)
+KIB = 1024
+
+
+@dataclass
+class Blob:
+    """A blob whose chunks stand behind each other, *gaps* bytes apart."""
+
+    lengths: list[int]
+    gaps: dict[int, int] = field(default_factory=dict)
+    sizes: list[int] | None = None
+    ready_set: set[int] = field(default_factory=set)
+    unverified_set: set[int] = field(default_factory=set)
+    unknown: set[int] = field(default_factory=set)
+    offsets: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.offsets:
+            at = 0
+            for i, length in enumerate(self.lengths):
+                at += self.gaps.get(i, 0)
+                self.offsets.append(at)
+                at += length
+
+    def size(self, chunk: int) -> int:
+        return (self.sizes or self.lengths)[chunk]
+
+    def promised(self, chunk: int) -> bool:
+        return 0 <= chunk < len(self.lengths) and chunk not in self.unknown
+
+    def ready(self, chunk: int) -> bool:
+        return chunk in self.ready_set
+
+    def unverified(self, chunk: int) -> bool:
+        return chunk in self.unverified_set
+
+
+def planner(*blobs: Blob, amplify: int = 64 * KIB, connections: int = 8, **options: float) -> Planner:
+    settings: dict[str, float] = {"io_deadline_s": 90.0, "retry_first_s": 1.0, "retry_cap_s": 8.0} | options
+    return Planner(
+        dict(enumerate(blobs)),
+        amplify=amplify,
+        connections=connections,
+        io_deadline_s=settings["io_deadline_s"],
+        retry_first_s=settings["retry_first_s"],
+        retry_cap_s=settings["retry_cap_s"],
+        rng=lambda: 0.999999,  # pauses are (nearly) their upper bounds
+    )
+
+
+def post(p: Planner, *chunks: int, blob: int = 0, now: float = 0.0) -> list[Posted]:
+    return [p.post((blob, chunk), now, WHO) for chunk in chunks]
+
+
+def ranges(p: Planner, now: float = 0.0) -> list[tuple[int, ...]]:
+    """Chunks of each fetch that starts now."""
+    return [fetch.chunks for fetch in p.next_fetches(now)]
+
+
+TEN = [10 * KIB] * 10
+
+
+@pytest.mark.parametrize(
+    ("blob", "posts", "amplify", "expected"),
+    [
+        # read-ahead: up to `amplify` compressed bytes behind the wanted chunk
+        (Blob(TEN), [2], 30 * KIB, [(2, 3, 4)]),
+        (Blob(TEN), [2], 39 * KIB, [(2, 3, 4)]),
+        (Blob(TEN), [2], 40 * KIB, [(2, 3, 4, 5)]),
+        (Blob(TEN), [8], 100 * KIB, [(8, 9)]),
+        # a chunk that is larger than that is fetched all the same, alone
+        (Blob(TEN), [2], 1 * KIB, [(2,)]),
+        (Blob(TEN), [2], 0, [(2,)]),
+        # neighbours that are wanted too go along, also those in front
+        (Blob(TEN), [5, 4, 6], 30 * KIB, [(4, 5, 6)]),
+        (Blob(TEN), [9, 8, 7], 30 * KIB, [(7, 8, 9)]),
+        # what is there already ends the range, unless it is no larger than the gap
+        (Blob(TEN, ready_set={4}), [2], 90 * KIB, [(2, 3)]),
+        (Blob([10 * KIB, 200, 10 * KIB], ready_set={1}), [0], 64 * KIB, [(0, 2)]),
+        (Blob([10 * KIB, 200, 10 * KIB], unverified_set={1}), [0], 64 * KIB, [(0, 2)]),
+        (Blob([10 * KIB, 600, 10 * KIB], ready_set={1}), [0], 64 * KIB, [(0,)]),
+        # holes of the blob: amplify >> 7 is the most that is fetched for nothing
+        (Blob(TEN, gaps={3: 512}), [2], 64 * KIB, [(2, 3, 4, 5, 6, 7)]),
+        (Blob(TEN, gaps={3: 513}), [2], 64 * KIB, [(2,)]),
+        # wants that are too far apart are two fetches
+        (Blob(TEN), [0, 9], 20 * KIB, [(0, 1), (9,)]),
+        # numbers that the image does not describe are passed over
+        (Blob([10 * KIB, 1, 10 * KIB], unknown={1}), [0], 64 * KIB, [(0, 2)]),
+        # chunks whose numbers are not in the order of their places
+        (Blob([10, 10, 10], offsets=[20, 0, 10]), [1], 64 * KIB, [(1, 2, 0)]),
+        (Blob([10, 10, 10], offsets=[20, 0, 10]), [0, 2], 64 * KIB, [(2, 0)]),
+        # what a fetch decodes to is bounded
+        (Blob([100] * 10, sizes=[KIB] * 10), [0], 512, [(0, 1, 2, 3)]),
+    ],
+)
+def test_ranges(blob: Blob, posts: list[int], amplify: int, expected: list[tuple[int, ...]]) -> None:
+    p = planner(blob, amplify=amplify)
+    post(p, *posts)
+    assert ranges(p) == expected
+
+
+def test_a_fetch_spans_exactly_its_chunks() -> None:
+    p = planner(Blob(TEN, gaps={3: 512}))
+    post(p, 2)
+    (fetch,) = p.next_fetches(0.0)
+    assert (fetch.offset, fetch.length) == (20 * KIB, 60 * KIB + 512)
+    assert fetch.attempt == 1
+    assert list(fetch.wants) == [2]
+    assert fetch.origin == WHO
+
+
+def test_many_posts_make_one_fetch() -> None:
+    blob = Blob(TEN)
+    p = planner(blob, amplify=20 * KIB)
+    assert post(p, 2, 2) == [Posted.QUEUED, Posted.JOINED]
+    (fetch,) = p.next_fetches(0.0)
+    assert post(p, 2, 3) == [Posted.JOINED, Posted.JOINED]
+    assert p.next_fetches(0.0) == []
+    assert p.waiting == 2
+    blob.ready_set |= {2, 3}
+    p.stored(fetch.fetch_id, [], 1.0)
+    assert post(p, 2) == [Posted.READY]
+    assert (p.waiting, p.in_flight, p.counters.fetches) == (0, 0, 1)
+    assert p.counters.read_ahead_used == 1
+
+
+def test_posts_for_what_is_not_there_change_nothing() -> None:
+    p = planner(Blob(TEN, unknown={3}))
+    assert post(p, 3, 10, -1) == [Posted.INVALID] * 3
+    assert post(p, 0, blob=1) == [Posted.INVALID]
+    assert p.waiting == 0
+    assert p.next_event() is None
+
+
+def test_connections_bound_the_fetches_and_demand_comes_before_read_ahead() -> None:
+    blobs = [Blob(TEN) for _ in range(5)]
+    p = planner(*blobs, connections=2)
+    for index in range(5):
+        post(p, 0, blob=index)
+    first = p.next_fetches(0.0)
+    # More wants than connections: nobody reads ahead.
+    assert [(f.blob, f.chunks) for f in first] == [(0, (0,)), (1, (0,))]
+    assert p.next_fetches(0.0) == []
+    p.stored(first[0].fetch_id, [], 1.0)
+    assert [(f.blob, f.chunks) for f in p.next_fetches(1.0)] == [(2, (0,))]
+    p.stored(first[1].fetch_id, [], 1.0)
+    assert [f.blob for f in p.next_fetches(1.0)] == [3]
+
+
+def test_what_is_under_way_is_not_read_ahead_again() -> None:
+    p = planner(Blob(TEN), amplify=30 * KIB)
+    post(p, 4)
+    assert ranges(p) == [(4, 5, 6)]
+    post(p, 2)
+    assert ranges(p) == [(2, 3)]
+
+
+def test_failures_back_off_and_double() -> None:
+    p = planner(Blob([10]), io_deadline_s=1000.0)
+    post(p, 0)
+    now, pauses = 0.0, []
+    for _ in range(6):
+        (fetch,) = p.next_fetches(now)
+        p.failed(fetch.fetch_id, now)
+        event = p.next_event()
+        assert event is not None
+        assert p.next_fetches(event - 0.001) == []
+        pauses.append(round(event - now, 3))
+        now = event
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    assert p.counters.retries == 6
+    (fetch,) = p.next_fetches(now)
+    assert fetch.attempt == 7
+
+
+def test_pauses_are_jittered() -> None:
+    draws = iter([0.0, 0.5])
+    p = Planner(
+        {0: Blob([10])},
+        amplify=0,
+        connections=1,
+        io_deadline_s=90,
+        retry_first_s=1.0,
+        retry_cap_s=1.0,
+        rng=lambda: next(draws),
+    )
+    post(p, 0)
+    for expected in (0.5, 0.75):
+        now = p.next_event() or 0.0
+        (fetch,) = p.next_fetches(now)
+        p.failed(fetch.fetch_id, now)
+        event = p.next_event()
+        assert event is not None
+        assert event - now == pytest.approx(expected)
+
+
+def test_hopeless_errors_are_tried_again_more_slowly() -> None:
+    p = planner(Blob([10]))
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    p.failed(fetch.fetch_id, 0.0, hopeless=True)
+    assert p.next_event() == pytest.approx(4.0, abs=0.001)
+
+
+def test_a_server_that_asks_for_a_pause_gets_it_from_everybody() -> None:
+    p = planner(Blob([10]), Blob([10]))
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    p.failed(fetch.fetch_id, 0.0, retry_after_s=5.0)
+    assert post(p, 0, blob=1, now=1.0) == [Posted.QUEUED]
+    assert p.next_fetches(4.9) == []
+    assert p.next_event() == 5.0
+    assert sorted(f.blob for f in p.next_fetches(5.0)) == [0, 1]
+
+
+def test_an_absurd_pause_is_cut() -> None:
+    p = planner(Blob([10]))
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    p.failed(fetch.fetch_id, 0.0, retry_after_s=1e9)
+    assert len(p.next_fetches(MAX_RETRY_AFTER_S)) == 1
+
+
+def test_retries_end_at_the_deadline_and_a_new_post_starts_anew() -> None:
+    p = planner(Blob([10]), io_deadline_s=3.5)
+    post(p, 0)
+    now = 0.0
+    for _ in range(3):
+        (fetch,) = p.next_fetches(now)
+        p.failed(fetch.fetch_id, now)
+        now = p.next_event() or now
+    assert (p.next_event(), p.waiting, p.counters.expired) == (None, 0, 1)
+    assert p.next_fetches(100.0) == []
+    assert post(p, 0, now=100.0) == [Posted.QUEUED]
+    (fetch,) = p.next_fetches(100.0)
+    assert fetch.attempt == 1
+
+
+def test_a_repeated_post_keeps_the_want_alive() -> None:
+    p = planner(Blob([10]), io_deadline_s=4.5)
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    p.failed(fetch.fetch_id, 0.0)
+    assert post(p, 0, now=0.5) == [Posted.JOINED]
+    (fetch,) = p.next_fetches(1.0)
+    p.failed(fetch.fetch_id, 1.0)
+    assert post(p, 0, now=2.9) == [Posted.JOINED]
+    (fetch,) = p.next_fetches(3.0)
+    p.failed(fetch.fetch_id, 3.0)
+    assert p.waiting == 1
+
+
+def test_a_want_that_waited_too_long_for_a_connection_is_dropped() -> None:
+    p = planner(Blob([10]), Blob([10]), connections=1, io_deadline_s=5.0)
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    post(p, 0, blob=1)
+    p.stored(fetch.fetch_id, [], 6.0)
+    assert p.next_fetches(6.0) == []
+    assert p.counters.expired == 1
+
+
+def test_a_retry_reads_nothing_ahead_but_takes_wanted_neighbours_along() -> None:
+    p = planner(Blob(TEN), amplify=90 * KIB)
+    post(p, 2, 3)
+    (fetch,) = p.next_fetches(0.0)
+    assert fetch.chunks == (2, 3, 4, 5, 6, 7, 8, 9)
+    p.failed(fetch.fetch_id, 0.0)
+    assert ranges(p, 1.0) == [(2, 3)]
+    assert p.waiting == 2
+
+
+def test_a_bad_chunk_is_fetched_alone_and_others_are_not_harmed() -> None:
+    blob = Blob(TEN)
+    p = planner(blob, amplify=90 * KIB)
+    post(p, 2, 3, 4)
+    (fetch,) = p.next_fetches(0.0)
+    blob.ready_set |= {2, 4, 5, 6, 8, 9}
+    p.stored(fetch.fetch_id, [3, 7], 0.0)
+    post(p, 1)
+    assert p.waiting == 2
+    # 7 was only read ahead and is forgotten; 1 does not take 3 along.
+    assert ranges(p, 0.0) == [(1,)]
+    assert ranges(p, 1.0) == [(3,)]
+    # A post for the forgotten one starts from the beginning, and now reads ahead past nothing that is there.
+    assert post(p, 7) == [Posted.QUEUED]
+
+
+def test_read_ahead_that_somebody_came_to_want_is_retried() -> None:
+    p = planner(Blob(TEN), amplify=20 * KIB)
+    post(p, 2)
+    (fetch,) = p.next_fetches(0.0)
+    post(p, 3, now=0.5)
+    p.failed(fetch.fetch_id, 1.0)
+    assert p.waiting == 2
+    assert ranges(p, 2.0) == [(2, 3)]
+
+
+def test_stored_bytes_are_verified_before_they_are_fetched() -> None:
+    blob = Blob(TEN, unverified_set={2, 3})
+    p = planner(blob, amplify=20 * KIB)
+    assert post(p, 2, 3, 2) == [Posted.VERIFY, Posted.VERIFY, Posted.JOINED]
+    assert p.next_verifications() == [(0, 2), (0, 3)]
+    assert p.next_verifications() == []
+    assert p.next_fetches(0.0) == []
+    blob.ready_set.add(2)
+    p.verified((0, 2), True)
+    blob.unverified_set.clear()
+    p.verified((0, 3), False)
+    assert ranges(p) == [(3, 4)]
+    p.verified((0, 9), False)  # nobody asked
+    assert p.waiting == 1
+
+
+def test_what_another_daemon_stored_is_not_fetched_and_waiters_are_woken() -> None:
+    blob = Blob(TEN)
+    p = planner(blob, connections=1)
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    post(p, 9)
+    blob.ready_set.add(9)
+    assert not p.take_found_ready()
+    p.stored(fetch.fetch_id, [], 0.0)
+    assert p.next_fetches(0.0) == []
+    assert p.take_found_ready()
+    assert not p.take_found_ready()
+    assert p.waiting == 0
+
+
+def test_any_number_of_chunks_at_one_place_is_bounded() -> None:
+    n = 200_000
+    blob = Blob([1] * n, offsets=[0] * n, sizes=[1] * n)
+    p = planner(blob, amplify=1 << 20)
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    assert len(fetch.chunks) < 10_000
