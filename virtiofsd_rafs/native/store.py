@@ -141,7 +141,7 @@ class Store:
         spill_size: int,
         boot_id: bytes | None = None,
     ) -> None:
-        self._handle = None
+        self._handle = ffi.NULL  # which every call answers with an error
         self._views: dict[int, ChunkView] = {}
         self._on_disk: dict[int, bool] = {}
         if boot_id is not None and len(boot_id) != 16:
@@ -168,9 +168,8 @@ class Store:
         for view in self._views.values():
             view.release()
         self._views.clear()
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            lib.vr_store_free(handle)
+        handle, self._handle = self._handle, ffi.NULL
+        lib.vr_store_free(handle)
 
     def blob(self, index: int) -> BlobInfo:
         """What the image says about blob *index*."""
