@@ -1,6 +1,6 @@
 """A vhost-user back-end in Python, slow and obliging: the other side for tests of the front-end.
 
-It runs in a thread on one end of a socket pair, notes every message, answers requests with ``handler``. What a
+It runs in a thread on one end of a socket pair, notes all messages, answers requests with ``handler``. What a
 bad back-end does is done by the test itself, with ``held`` chains.
 """
 

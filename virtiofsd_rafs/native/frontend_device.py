@@ -338,7 +338,9 @@ class Device(Link):
         wait = milliseconds(self.timeout_s if timeout_s is None else timeout_s)
         checked(lib.vr_frontend_wait(self._handle, token.queue, token.id, wait, out))
         used, has_header, error, unique, length, latency_ns = (int(x) for x in out)
-        size = max(0, min(used - 16, token.out_size)) if has_header else 0
+        # A back-end that completes with used length 0 is at fault, but its reply can be read.
+        written = used if used >= 16 else length
+        size = max(0, min(written - 16, token.out_size)) if has_header else 0
         buf = ffi.new("uint8_t[]", max(size, 1))
         checked(lib.vr_frontend_take(self._handle, token.queue, token.id, buf, size))
         data = bytes(ffi.buffer(buf, size))

@@ -161,7 +161,12 @@ pub fn digest_files(
 fn accept(p: &mut Progress, slot: &Slot, used: u32, queue: &Queue) {
     let x = &slot.exchange;
     let header = x.verify(slot.unique, used, &queue.faults, queue.index);
-    x.verify_poison(used, slot.unique, &queue.faults, queue.index);
+    x.verify_poison(
+        x.reply_len(used, header),
+        slot.unique,
+        &queue.faults,
+        queue.index,
+    );
     let failure = match header {
         Some(h) if h.error != 0 => Some(Status::Errno(-h.error)),
         Some(h) if u64::from(h.len) == OUT_HEADER as u64 + slot.len => None,

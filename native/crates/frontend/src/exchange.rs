@@ -236,13 +236,14 @@ impl Exchange {
         OutHeader::parse(&b)
     }
 
-    /// Checks a FUSE completion; faults are recorded. Returns the out header when the reply has a whole one.
+    /// Checks a FUSE completion; faults are recorded. Returns the out header when there is one, also when the used
+    /// length denies it: some back-ends complete everything with used length 0.
     ///
     /// Source: virtio 1.2, 5.11.6 (the reply is header and body), 2.7.8.2 (used length = bytes written);
     /// Linux ≥ 7.1 fs/fuse/virtio_fs.c, virtio_fs_verify_response.
     pub fn verify(&self, unique: u64, used: u32, faults: &Faults, queue: u16) -> Option<OutHeader> {
         let capacity = self.reply_capacity();
-        let fault = |kind, what: String| {
+        let fault = |kind, what: std::fmt::Arguments<'_>| {
             faults.record(kind, || {
                 format!("queue {queue}, unique {unique:#x}: {what}")
             })
@@ -251,7 +252,7 @@ impl Exchange {
             if used != 0 {
                 fault(
                     FaultKind::UsedLength,
-                    format!("used length {used} without a writable descriptor"),
+                    format_args!("used length {used} without a writable descriptor"),
                 );
             }
             return None;
@@ -259,47 +260,59 @@ impl Exchange {
         if used as usize > capacity {
             fault(
                 FaultKind::UsedLengthRange,
-                format!("used length {used}, writable {capacity}"),
+                format_args!("used length {used}, writable {capacity}"),
             );
         }
         if (used as usize) < OUT_HEADER || capacity < OUT_HEADER {
             fault(
                 FaultKind::UsedLength,
-                format!("used length {used} is no out header"),
+                format_args!("used length {used} is no out header"),
             );
-            return None;
+            let header = (capacity >= OUT_HEADER).then(|| self.out_header());
+            return header.filter(|h| {
+                h.unique == unique && (OUT_HEADER..=capacity).contains(&(h.len as usize))
+            });
         }
         let header = self.out_header();
         if header.len != used {
             fault(
                 FaultKind::UsedLength,
-                format!("used length {used}, out header {}", header.len),
+                format_args!("used length {used}, out header {}", header.len),
             );
         }
         if header.error != 0 && used as usize != OUT_HEADER {
             fault(
                 FaultKind::UsedLength,
-                format!("used length {used} of an error reply"),
+                format_args!("used length {used} of an error reply"),
             );
         }
         if header.unique != unique {
             fault(
                 FaultKind::Unique,
-                format!("answered with unique {:#x}", header.unique),
+                format_args!("answered with unique {:#x}", header.unique),
             );
         }
         if !(-4095..=0).contains(&header.error) {
-            fault(FaultKind::ErrorRange, format!("error {}", header.error));
+            fault(
+                FaultKind::ErrorRange,
+                format_args!("error {}", header.error),
+            );
         }
         Some(header)
     }
 
-    /// Checks that nothing past the reply's first `used` bytes and nothing around it was written.
-    pub fn verify_poison(&self, used: u32, unique: u64, faults: &Faults, queue: u16) {
+    /// Bytes of the reply: what the used length says, or the out header where the used length is none.
+    pub fn reply_len(&self, used: u32, header: Option<OutHeader>) -> usize {
+        let denied = header.filter(|_| (used as usize) < OUT_HEADER);
+        denied.map_or(used, |h| h.len) as usize
+    }
+
+    /// Checks that nothing past the reply's first `len` bytes and nothing around it was written.
+    pub fn verify_poison(&self, len: usize, unique: u64, faults: &Faults, queue: u16) {
         let Some(reply) = &self.reply else { return };
         let mut clean_from = 0;
         let mut bad = None;
-        self.pieces(0, used as usize, |at, range| {
+        self.pieces(0, len, |at, range| {
             bad = bad.or_else(|| reply.first_unpoisoned(clean_from, at - clean_from));
             clean_from = at + range.len();
         });
@@ -311,7 +324,7 @@ impl Exchange {
             );
             faults.record(FaultKind::WriteOutside, || {
                 format!(
-                    "queue {queue}, unique {unique:#x}: byte {at:#x} of its buffer was written, used length {used}, \
+                    "queue {queue}, unique {unique:#x}: byte {at:#x} of its buffer was written, reply of {len} bytes, \
                      buffers end at {end:#x}"
                 )
             });
@@ -492,8 +505,8 @@ mod tests {
                 let faults = Faults::default();
                 let x = exchange(&memory, framing, &[0; 48], 116);
                 let used = misdeed(&memory, x.chain().0);
-                x.verify(5, used, &faults, 1);
-                x.verify_poison(used, 5, &faults, 1);
+                let header = x.verify(5, used, &faults, 1);
+                x.verify_poison(x.reply_len(used, header), 5, &faults, 1);
                 x.verify_request(&[0; 48], 5, &faults, 1);
                 assert!(
                     faults.count(kind) > 0,

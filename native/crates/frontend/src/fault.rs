@@ -1,7 +1,7 @@
 //! What a device did that the virtio or virtio-fs specification does not allow.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// One class of misbehaviour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,15 +57,21 @@ const MAX_TEXTS: usize = 100;
 pub struct Faults {
     counts: [AtomicU64; KINDS.len()],
     texts: Mutex<Vec<String>>,
+    /// So that a back-end which commits one fault per request is not slowed down by a lock.
+    n_texts: AtomicUsize,
 }
 
 impl Faults {
     /// Counts a fault; `text` is only made while texts are still kept.
     pub fn record(&self, kind: FaultKind, text: impl FnOnce() -> String) {
         self.counts[kind as usize].fetch_add(1, Ordering::Relaxed);
+        if self.n_texts.load(Ordering::Relaxed) >= MAX_TEXTS {
+            return;
+        }
         let mut texts = self.texts.lock().unwrap_or_else(|e| e.into_inner());
         if texts.len() < MAX_TEXTS {
             texts.push(format!("{}: {}", KINDS[kind as usize].1, text()));
+            self.n_texts.store(texts.len(), Ordering::Relaxed);
         }
     }
 
@@ -86,6 +92,7 @@ impl Faults {
         self.counts
             .iter()
             .for_each(|c| c.store(0, Ordering::Relaxed));
+        self.n_texts.store(0, Ordering::Relaxed);
         std::mem::take(&mut texts)
     }
 }

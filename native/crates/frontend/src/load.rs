@@ -460,7 +460,12 @@ impl<'a> Loop<'a> {
             .record(now.duration_since(slot.submitted).as_nanos() as u64);
         let header = slot.exchange.verify(slot.unique, used, faults, q);
         if self.spec.canaries {
-            slot.exchange.verify_poison(used, slot.unique, faults, q);
+            slot.exchange.verify_poison(
+                slot.exchange.reply_len(used, header),
+                slot.unique,
+                faults,
+                q,
+            );
         }
         let error = header.map_or(libc::EPROTO, |h| -h.error);
         if error != 0 {
@@ -471,7 +476,11 @@ impl<'a> Loop<'a> {
                 outcome.first_errno
             };
         } else {
-            let len = (used as usize).min(slot.exchange.reply_capacity()) - OUT_HEADER;
+            let len = slot
+                .exchange
+                .reply_len(used, header)
+                .min(slot.exchange.reply_capacity())
+                - OUT_HEADER;
             outcome.bytes += len as u64;
             let op = &self.spec.ops[slot.op];
             if op.kind == Kind::Read && !content_is_right(op, &slot, len, &mut self.buf) {

@@ -370,7 +370,12 @@ impl Queue {
         let latency = pending.submitted.elapsed();
         let header = pending.exchange.as_ref().and_then(|x| {
             let header = x.verify(pending.unique, used, &self.faults, self.index);
-            x.verify_poison(used, pending.unique, &self.faults, self.index);
+            x.verify_poison(
+                x.reply_len(used, header),
+                pending.unique,
+                &self.faults,
+                self.index,
+            );
             x.verify_request(&pending.request, pending.unique, &self.faults, self.index);
             header
         });
