@@ -264,6 +264,11 @@ impl Vring {
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
+    /// Whether the driver has offered more heads.
+    pub fn has_more(&self) -> bool {
+        u16::from_le(self.avail_word(2).load(Ordering::Acquire)) != self.next_avail
+    }
+
     /// Asks the driver for a kick at its next buffer; true when one is there already (look again, do not sleep).
     pub fn arm(&mut self) -> bool {
         if self.event_idx {

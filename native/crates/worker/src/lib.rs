@@ -8,7 +8,7 @@
 //! * `queue`: one ring with its log and its batch;
 //! * `serve`: one request from chain to reply; `ops` answers from metadata, `read` from chunks;
 //! * `parked`: requests that wait for data; `pool`: disk reads that would block;
-//! * `mount`: the image.
+//! * `mount`: the image; `spin`: the short wait before a sleep.
 
 pub mod channel;
 mod memory_map;
@@ -19,6 +19,7 @@ mod pool;
 mod queue;
 mod read;
 mod serve;
+mod spin;
 mod thread;
 
 use std::os::fd::RawFd;

@@ -231,6 +231,11 @@ impl<'a> Queue<'a> {
         }
     }
 
+    /// Whether the driver has offered more, without asking for a kick.
+    pub fn has_more(&self) -> bool {
+        self.is_live() && self.ring.as_ref().is_some_and(Vring::has_more)
+    }
+
     /// Asks for a kick; true when there is more to take already.
     pub fn arm(&mut self) -> bool {
         let live = self.is_live();

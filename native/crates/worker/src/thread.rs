@@ -19,11 +19,16 @@ use crate::parked::{REPOST_NS, TICK_MS};
 use crate::pool::Pool;
 use crate::queue::{Queue, RingSpec};
 use crate::serve::{Head, Server};
+use crate::spin::Spin;
 use crate::{RingSetup, Setup, thread_of};
 
 /// A round takes at most so many heads, or about so many bytes, before answers are published and hiprio has its turn.
 const ROUND_HEADS: usize = 64;
 const ROUND_BYTES: usize = 1 << 20;
+/// Answers are shown to the driver after so many heads or bytes: it works on them while the next are served. A signal
+/// goes out only when the driver asks for one.
+const FLUSH_HEADS: usize = 8;
+const FLUSH_BYTES: usize = 64 << 10;
 
 const TOKEN_CHANNEL: u64 = 1 << 32;
 const TOKEN_WAKE: u64 = 2 << 32;
@@ -40,6 +45,7 @@ pub struct RingThread {
     post: RawFd,
     next_epoch: u64,
     outstanding: Vec<Outstanding>,
+    spin: Spin,
 }
 
 impl RingThread {
@@ -73,6 +79,7 @@ impl RingThread {
             post: setup.post,
             next_epoch: 0,
             outstanding: Vec::new(),
+            spin: Spin::default(),
         };
         this.watch(this.channel, TOKEN_CHANNEL, libc::EPOLLIN as u32)?;
         this.watch(
@@ -163,43 +170,59 @@ impl RingThread {
         progress.store(progress.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
-    /// Serves what the rings offer; true when a budget ended the round.
+    /// Serves what the rings offer. False when they are empty and the driver will kick: the thread may sleep.
     fn round(&mut self) -> bool {
-        let mut more = false;
-        // Index order: hiprio is queue 0, and comes first in every round.
-        for i in 0..self.queues.len() {
-            let (mut heads, mut bytes) = (0, 0);
-            loop {
-                let queue = &mut self.queues[i];
-                queue.disarm();
-                let now = now_ns();
-                let mut drained = true;
-                while let Some(head) = queue.take(now) {
-                    bytes += self.server.serve(
-                        queue,
-                        Head {
-                            head,
-                            taken_ns: now,
-                            waited: false,
-                        },
-                    );
-                    heads += 1;
-                    if heads >= ROUND_HEADS || bytes >= ROUND_BYTES {
-                        drained = false;
-                        break;
-                    }
-                }
-                self.flush(i);
-                if !drained {
-                    more = true;
-                    break;
-                }
-                if !self.queues[i].arm() {
-                    break;
+        let mut served = false;
+        loop {
+            // Index order: hiprio is queue 0, and comes first in every round.
+            for i in 0..self.queues.len() {
+                let heads = self.drain(i);
+                served |= heads > 0;
+                if heads >= ROUND_HEADS {
+                    return true;
                 }
             }
+            let queues = &self.queues;
+            if served && self.spin.wait(|| queues.iter().any(Queue::has_more)) {
+                continue;
+            }
+            let mut more = false;
+            for queue in &mut self.queues {
+                more |= queue.arm();
+            }
+            if !more {
+                return false;
+            }
         }
-        more
+    }
+
+    /// Serves what queue `i` offers, up to the budget of a round; how many heads (`ROUND_HEADS` when it ran out).
+    fn drain(&mut self, i: usize) -> usize {
+        let queue = &mut self.queues[i];
+        queue.disarm();
+        let now = now_ns();
+        let (mut heads, mut bytes, mut flushed) = (0, 0, 0);
+        while let Some(head) = queue.take(now) {
+            let at = Head {
+                head,
+                taken_ns: now,
+                waited: false,
+            };
+            bytes += self.server.serve(queue, at);
+            heads += 1;
+            if bytes >= ROUND_BYTES {
+                heads = ROUND_HEADS;
+            }
+            if heads >= ROUND_HEADS {
+                break;
+            }
+            if heads % FLUSH_HEADS == 0 || bytes - flushed >= FLUSH_BYTES {
+                flushed = bytes;
+                queue.flush();
+            }
+        }
+        self.flush(i);
+        heads
     }
 
     fn flush(&mut self, i: usize) {
