@@ -27,17 +27,26 @@ def describe(boot: Boot, image_size: int | None) -> dict[str, Any]:
         image_size: bytes of the whole image in the registry, if known.
     """
     status = boot.status
+    session, agent = status["session"], status["agent"]
     times = dict(boot.times)
-    fuse_init = status["session"].get("fuse_init_s")
-    if fuse_init is not None:
-        times["FUSE_INIT"] = fuse_init
+    for event, clock in (("image mounted", "mounted_ns"), ("FUSE_INIT", "init_ns")):
+        if session[clock]:
+            times[event] = (session[clock] - session["start_ns"]) / 1e9
     times = dict(sorted(times.items(), key=lambda item: item[1]))
-    fetched = status["fetch"]
-    stalls = sorted(status["stalls"], key=lambda stall: -stall["duration_s"])[:_STALLS]
+    requests, size = sum(agent["fetches"].values()), agent["bytes_fetched"]
+    stalls = [
+        {
+            "duration_s": (stall["done_ns"] - stall["parked_ns"]) / 1e9,
+            "path": stall["path"] or f"node {stall['nodeid']}",
+            "offset": stall["offset"],
+            "length": stall["length"],
+        }
+        for stall in status["stalls"]["slowest"][:_STALLS]
+    ]
     text = [f"{boot.name} cache", "  time line (s since the daemon was started)"]
     text += [f"    {seconds:8.3f}  {event}" for event, seconds in times.items()]
-    share = f" of {amount(image_size)} ({100 * fetched['bytes'] / image_size:.0f} %)" if image_size else ""
-    text.append(f"  fetched: {fetched['requests']} requests, {amount(fetched['bytes'])}{share}")
+    share = f" of {amount(image_size)} ({100 * size / image_size:.0f} %)" if image_size else ""
+    text.append(f"  fetched: {requests} requests, {amount(size)}{share}")
     if stalls:
         text.append("  longest stalls (s, what was read)")
         text += [
@@ -47,8 +56,8 @@ def describe(boot: Boot, image_size: int | None) -> dict[str, Any]:
     return {
         "name": boot.name,
         "times_s": {event: round(seconds, 4) for event, seconds in times.items()},
-        "requests": fetched["requests"],
-        "bytes": fetched["bytes"],
+        "requests": requests,
+        "bytes": size,
         "image_bytes": image_size,
         "stalls": stalls,
         "text": text,
