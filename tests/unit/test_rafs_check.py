@@ -17,6 +17,7 @@ from tests.source_trees import FIXTURES, make_varied_tree
 from virtiofsd_rafs.cli import cli
 from virtiofsd_rafs.image.build import BuildResult, build_image
 from virtiofsd_rafs.image.check import Report, check_bootstrap, check_image
+from virtiofsd_rafs.image.push import push_image
 from virtiofsd_rafs.rafs import c_rafs_v6 as c
 from virtiofsd_rafs.rafs.v6 import Tree
 from virtiofsd_rafs.rafs.walk import resolve
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from click.testing import Result
 
+    from tests.sim.registry import RegistrySimulator
     from virtiofsd_rafs.rafs.v6 import Inode
 
 
@@ -96,6 +98,39 @@ def test_blob_elsewhere(image: Path, tmp_path: Path, built: BuildResult) -> None
     (tmp_path / "empty").mkdir()
     missing = run("check", image / "image.boot", "--blob-dir", tmp_path / "empty")
     assert type(missing.exception).__name__ == "NotFound"
+
+
+@pytest.fixture
+def pushed(
+    registry_sim: RegistrySimulator, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The reference of the image in a registry."""
+    (tmp_path / "docker").mkdir()
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    reference = f"{registry_sim.host}/a/b:1"
+    asyncio.run(push_image(image, reference, plain_http=True))
+    return reference
+
+
+def test_image_in_a_registry(pushed: str, built: BuildResult) -> None:
+    done = run("check", pushed, "--plain-http")
+    assert done.exit_code == 0, done.output
+    assert f" {built.n_chunks} of them verified; no faults" in done.output
+    summary = json.loads(run("inspect", pushed, "--plain-http", "--json").output)
+    assert summary["manifest_digest"].startswith("sha256:")
+    assert summary["blobs"][0]["id"] == built.blob_id
+    assert " hello\n" in run("inspect", pushed, "/a", "--plain-http").output
+
+
+def test_registry_that_lost_the_blob(
+    pushed: str, registry_sim: RegistrySimulator, built: BuildResult
+) -> None:
+    """No fault of the image: the command ends with the back-end's error."""
+    del registry_sim.store.blobs[f"sha256:{built.blob_id}"]
+    done = run("check", pushed, "--plain-http")
+    assert type(done.exception).__name__ == "NotFound"
+    assert done.exception.exit_code == 4
+    assert run("check", pushed, "--plain-http", "--metadata-only").exit_code == 0
 
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the folder of public test data is absent")

@@ -162,7 +162,7 @@ def _xattrs(full: bytes, path: bytes) -> bytes:
         names = os.listxattr(full, follow_symlinks=False)
         values = {os.fsencode(name): os.getxattr(full, name, follow_symlinks=False) for name in names}
     except OSError as e:
-        if e.errno in (errno.ENOTSUP, errno.EPERM):
+        if e.errno == errno.ENOTSUP:
             return b""
         raise BuildError(printable(path), f"extended attributes: {os.strerror(e.errno or 0)}") from e
     try:
