@@ -129,6 +129,15 @@ impl GuestMemory {
         found.is_some()
     }
 
+    /// Gives back the page tables of the mappings; the memory itself is the guest's and stays as it is. The next
+    /// access to each page costs a minor fault.
+    pub fn release_pages(&self) {
+        for region in &self.regions {
+            // SAFETY: on a shared file mapping this only drops page table entries.
+            unsafe { libc::madvise(region.map.cast(), region.map_len, libc::MADV_DONTNEED) };
+        }
+    }
+
     /// Unmaps everything.
     pub fn clear(&mut self) {
         self.regions.clear();

@@ -29,6 +29,8 @@ const ROUND_BYTES: usize = 1 << 20;
 /// goes out only when the driver asks for one.
 const FLUSH_HEADS: usize = 8;
 const FLUSH_BYTES: usize = 64 << 10;
+/// After so long without a request, in ms, what only a busy thread needs is given back.
+const REST_MS: i32 = 3000;
 
 const TOKEN_CHANNEL: u64 = 1 << 32;
 const TOKEN_WAKE: u64 = 2 << 32;
@@ -114,6 +116,7 @@ impl RingThread {
             .worker_ready_ns
             .store(now_ns(), Ordering::Relaxed);
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
+        let mut rested = false;
         loop {
             let more = self.round();
             if self.server.parking.tell_control {
@@ -122,7 +125,8 @@ impl RingThread {
             }
             let timeout = match (more, self.server.parking.list.is_empty()) {
                 (true, _) => 0,
-                (false, true) => -1,
+                (false, true) if rested => -1,
+                (false, true) => REST_MS,
                 (false, false) => TICK_MS,
             };
             let thread = self.server.shared.thread(self.index);
@@ -140,6 +144,12 @@ impl RingThread {
                 }
                 return Err(e);
             }
+            if n == 0 && timeout == REST_MS {
+                rested = true;
+                self.server.mem.release_pages();
+                continue;
+            }
+            rested = false;
             self.set_busy();
             thread.wakeups.store(
                 thread.wakeups.load(Ordering::Relaxed) + 1,
