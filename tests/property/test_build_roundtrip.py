@@ -186,7 +186,7 @@ def test_untouched_blob_metadata_is_the_chunk_table() -> None:
 @settings(deadline=None, max_examples=300)
 @given(FLIPS)
 def test_flipped_blob_metadata_is_never_believed(flips: list[tuple[int, int]]) -> None:
-    """Whatever is flipped behind the data: a named error, or the same chunk map (tar headers are not read)."""
+    """Bytes flipped behind the data: a named error, or the same chunk map (headers of tar are not read)."""
     blob = flipped(BLOB, flips, RECORD.ci_offset)
     try:
         chunk_map = read_blob_metadata(blob)
