@@ -45,7 +45,14 @@ class Blob:
         return chunk in self.unverified_set
 
 
-def planner(*blobs: Blob, amplify: int = 64 * KIB, connections: int = 8, **options: float) -> Planner:
+def planner(
+    *blobs: Blob,
+    amplify: int = 64 * KIB,
+    connections: int = 8,
+    first_window: int | None = None,
+    **options: float,
+) -> Planner:
+    """A planner that reads ahead as far as it may from the start, unless *first_window* says otherwise."""
     settings: dict[str, float] = {"io_deadline_s": 90.0, "retry_first_s": 1.0, "retry_cap_s": 8.0} | options
     return Planner(
         dict(enumerate(blobs)),
@@ -54,6 +61,7 @@ def planner(*blobs: Blob, amplify: int = 64 * KIB, connections: int = 8, **optio
         io_deadline_s=settings["io_deadline_s"],
         retry_first_s=settings["retry_first_s"],
         retry_cap_s=settings["retry_cap_s"],
+        first_window=amplify if first_window is None else first_window,
         rng=lambda: 0.999999,  # pauses are (nearly) their upper bounds
     )
 
@@ -107,6 +115,52 @@ def test_ranges(blob: Blob, posts: list[int], amplify: int, expected: list[tuple
     p = planner(blob, amplify=amplify)
     post(p, *posts)
     assert ranges(p) == expected
+
+
+def finish(p: Planner, blob: Blob, now: float = 0.0) -> list[tuple[int, ...]]:
+    """Starts what can be started, and stores all of it."""
+    fetches = p.next_fetches(now)
+    for fetch in fetches:
+        blob.ready_set.update(fetch.chunks)
+        p.stored(fetch.fetch_id, [], now)
+    return [fetch.chunks for fetch in fetches]
+
+
+def test_the_window_of_a_reader_grows_and_others_start_small() -> None:
+    blob = Blob([10] * 1000)
+    p = planner(blob, amplify=800, first_window=100)
+    lengths = []
+    for _ in range(6):
+        post(p, min(set(range(1000)) - blob.ready_set))
+        lengths.append(len(finish(p, blob)[0]))
+    assert lengths == [10, 20, 40, 80, 80, 80]
+    # Somebody who reads elsewhere starts from the beginning, and does not disturb the first one.
+    post(p, 700)
+    assert finish(p, blob) == [tuple(range(700, 710))]
+    post(p, 310)
+    assert len(finish(p, blob)[0]) == 80
+    # Passing over what was read ahead in vain is reading on, jumping farther is not.
+    post(p, 715)
+    assert len(finish(p, blob)[0]) == 20
+    post(p, 760)
+    assert len(finish(p, blob)[0]) == 10
+    # Going back is not.
+    post(p, 600)
+    assert len(finish(p, blob)[0]) == 10
+
+
+def test_the_first_window_is_an_eighth() -> None:
+    blob = Blob([10] * 1000)
+    p = Planner({0: blob}, amplify=800, connections=8, io_deadline_s=90, retry_first_s=1, retry_cap_s=1)
+    post(p, 0)
+    assert len(finish(p, blob)[0]) == 10
+
+
+def test_wanted_neighbours_are_taken_beyond_the_window() -> None:
+    blob = Blob([10] * 100)
+    p = planner(blob, amplify=1280, first_window=0)
+    post(p, 3, 4, 5, 20)
+    assert finish(p, blob) == [(3, 4, 5), (20,)]
 
 
 def test_a_fetch_spans_exactly_its_chunks() -> None:

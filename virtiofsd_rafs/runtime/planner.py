@@ -3,7 +3,8 @@
 Chunks that somebody waits for (posts) become *wants*. A want is in exactly one place: in the queue, in the
 heap of those that back off, in a fetch, or with a verification of stored bytes. A fetch is one range of one
 blob: a wanted chunk, wanted neighbours, and, while connections are free, the absent chunks that follow it in
-the blob (read-ahead). A chunk is in at most one fetch, however many posts ask for it.
+the blob (read-ahead, in a window that grows while somebody reads on). A chunk is in at most one fetch,
+however many posts ask for it.
 
 A failed fetch puts its wants back, later and alone or with other wants, never with read-ahead: a bad
 neighbour must not harm them twice. What was only read ahead is forgotten. A want whose deadline has passed is
@@ -15,6 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 # Two ranges are merged when what lies between them is at most this part of ``amplify`` (as nydusd does it):
 # bytes that nobody needs, against a round trip.
 GAP_SHIFT = 7
+# Read-ahead starts with this part of ``amplify`` and doubles when the next want lies where it would have read
+# on: most reads of a booting system are small and far apart, and what is read ahead in vain delays what is
+# wanted.
+FIRST_WINDOW_SHIFT = 3
+# Ends of fetches that are remembered per blob, to recognise who reads on: as many streams as can grow at
+# once.
+STREAMS = 16
 # A server's request to pause is honoured up to this: its mistake must not outlast an outage.
 MAX_RETRY_AFTER_S = 30.0
 # Errors that another try seldom cures (not found, refused) are tried again too, because credentials are
@@ -138,6 +147,13 @@ class Counters:
     expired: int = 0
 
 
+class _Stream(NamedTuple):
+    """Where a fetch ended, and the read-ahead that it was given; in bytes of the blob."""
+
+    end: int
+    window: int
+
+
 class _Layout:
     """Chunks of a blob in the order of their places. Builders number them so; others are sorted once."""
 
@@ -181,7 +197,12 @@ class _Layout:
 
 
 class Planner:
-    """See the module's comment. *rng* returns numbers in [0, 1) and is the source of jitter."""
+    """See the module's comment.
+
+    *amplify* is the most that a fetch spans beyond its first chunk, *first_window* the read-ahead that it
+    starts with (an eighth of that when nobody says). *rng* returns numbers in [0, 1) and is the source of
+    jitter.
+    """
 
     def __init__(
         self,
@@ -192,12 +213,15 @@ class Planner:
         io_deadline_s: float,
         retry_first_s: float,
         retry_cap_s: float,
+        first_window: int | None = None,
         rng: Callable[[], float] = random.random,
     ) -> None:
         self._blobs = blobs
         self._layouts: dict[int, _Layout] = {}  # made when a blob is first fetched from: start-up is short
         self._amplify = amplify
         self._gap = amplify >> GAP_SHIFT
+        self._first_window = amplify >> FIRST_WINDOW_SHIFT if first_window is None else first_window
+        self._streams: dict[int, deque[_Stream]] = {}
         self._connections = connections
         self._io_deadline_s = io_deadline_s
         self._retry_first_s = retry_first_s
@@ -372,16 +396,19 @@ class Planner:
             room = self._connections - len(self._fetches) - 1
             read_ahead = want.attempts == 0 and len(self._queue) <= room
             budget = self._amplify * MAX_EXPANSION - layout.chunks.size(chunk)
+            window = self._window(blob, offsets[chunk])
             for other in layout.after(chunk):
                 at, stop = offsets[other], offsets[other] + lengths[other]
                 if at - end > self._gap or stop - start > self._amplify:
                     break
-                if self._take(blob, other, wants) or (read_ahead and self._absent(blob, other)):
+                ahead = read_ahead and stop - start <= window and self._absent(blob, other)
+                if self._take(blob, other, wants) or ahead:
                     chunks.append(other)
                     end = max(end, stop)
                     budget -= layout.chunks.size(other)
                     if budget <= 0:
                         break
+            self._streams[blob].append(_Stream(end, window))
         fetch = Fetch(
             fetch_id=next(self._ids),
             blob=blob,
@@ -399,6 +426,15 @@ class Planner:
         self.counters.chunks_wanted += len(wants)
         self.counters.chunks_read_ahead += len(chunks) - len(wants)
         return fetch
+
+    def _window(self, blob: int, offset: int) -> int:
+        """How far to read ahead from a want at byte *offset*: farther, if an earlier fetch led up to it."""
+        streams = self._streams.setdefault(blob, deque(maxlen=STREAMS))
+        for stream in streams:
+            if 0 <= offset - stream.end <= stream.window:
+                streams.remove(stream)
+                return min(2 * stream.window, self._amplify)
+        return self._first_window
 
     def _take(self, blob: int, chunk: int, wants: dict[int, Want]) -> bool:
         """Moves the want for *chunk* from the queue into *wants*, if there is one that may have company."""
