@@ -14,7 +14,7 @@ import pytest
 
 from tests.sim.fuse_tree import FuseTree
 from tests.sim.vhost_backend import BackendSim
-from virtiofsd_rafs.errors import PeerError
+from virtiofsd_rafs.errors import PeerError, SocketSetupError
 from virtiofsd_rafs.fuse import Opcode
 from virtiofsd_rafs.fuse.structs import AttrOut, GetattrIn
 from virtiofsd_rafs.native.frontend import (
@@ -26,6 +26,7 @@ from virtiofsd_rafs.native.frontend import (
     Region,
     RequestLost,
     Target,
+    pc_layout,
 )
 from virtiofsd_rafs.native.vhost_user import Protocol, Request
 
@@ -417,3 +418,48 @@ def test_a_load_goes_on_over_stop_and_resume_and_ends_when_told(running: Fronten
         thread.join()
     assert results[0].clean, (results[0], running.fault_texts())
     assert results[0].total.count > 60
+
+
+def test_a_load_on_several_queues(sim: BackendSim, tmp_path: Path) -> None:
+    with Frontend.connect(sim.socket, queues=3, memory=32 * MiB, timeout_s=10) as fe:
+        fe.start()
+        fe.init()
+        result = fe.load(Load(load_ops(tmp_path), depth=4, count=100, queues=(1, 2, 3)))
+        assert result.clean, (result, fe.fault_texts())
+        assert result.total.count == 300
+        assert [fe.queue_info(q).completions >= 100 for q in (1, 2, 3)] == [True] * 3
+        assert fe.check() == {}
+
+
+def test_a_load_without_end_or_targets_is_refused(running: Frontend) -> None:
+    with pytest.raises(ValueError, match="duration or a count"):
+        running.load(Load([Op("getattr", [Target(1)])]))
+    with pytest.raises(ValueError, match="targets"):
+        running.load(Load([Op("getattr", [])], count=1))
+
+
+@pytest.mark.parametrize(
+    ("size", "regions"),
+    [
+        (16 * MiB, [(0, 0xA0000, 0), (MiB, 15 * MiB, MiB)]),
+        (3 << 30, [(0, 0xA0000, 0), (MiB, (2 << 30) - MiB, MiB), (4 << 30, 1 << 30, 2 << 30)]),
+    ],
+)
+def test_memory_is_laid_out_as_in_a_pc(size: int, regions: list[tuple[int, int, int]]) -> None:
+    layout = pc_layout(size)
+    assert [(r.gpa, r.size, r.file_offset) for r in layout] == regions
+    with BackendSim(FuseTree()) as sim, Frontend.connect(sim.socket, regions=layout) as fe:
+        fe.start()
+        assert [(gpa, length) for gpa, length, _, _ in sim.regions] == [(g, n) for g, n, _ in regions]
+        # One file behind all regions: the hole between them is in the file, not in guest memory.
+        with pytest.raises(ValueError, match="no guest memory at 0xa0000"):
+            fe.read_memory(0xA0000, 1)
+        fe.init()
+
+
+def test_what_cannot_be_set_up_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SocketSetupError, match="connect: No such file"):
+        Frontend.connect(tmp_path / "absent.sock", memory=MiB * 2)
+    # More than any machine has reserved.
+    with pytest.raises(SocketSetupError, match="nr_hugepages"):
+        Frontend(regions=pc_layout(1 << 44, huge=True))

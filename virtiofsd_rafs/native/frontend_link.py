@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-from virtiofsd_rafs.errors import PeerError
+from virtiofsd_rafs.errors import PeerError, SocketSetupError, VirtiofsdRafsError
 from virtiofsd_rafs.native._lib import ffi, last_error, lib, raise_for
 from virtiofsd_rafs.native.vhost_user import (
     REPLYING,
@@ -52,7 +52,12 @@ class RingFull(PeerError):
     msgid = "frontend.ring-full"
 
 
-_CODES: dict[int, type[PeerError]] = {-100: FrontendTimeout, -101: RequestLost, -102: RingFull}
+_CODES: dict[int, type[VirtiofsdRafsError]] = {
+    -2: SocketSetupError,
+    -100: FrontendTimeout,
+    -101: RequestLost,
+    -102: RingFull,
+}
 
 
 def checked(code: int) -> int:
@@ -163,11 +168,13 @@ class Link:
     def _map(self, region: Region, files: dict[int, int]) -> None:
         out = ffi.new("uint64_t[2]")
         fd = -1 if region.file is None else files.get(region.file, -1)
-        checked(
-            lib.vr_frontend_region_add(
-                self._handle, region.gpa, region.size, fd, region.file_offset, region.huge, out
-            )
+        code = lib.vr_frontend_region_add(
+            self._handle, region.gpa, region.size, fd, region.file_offset, region.huge, out
         )
+        if code < 0 and region.huge:
+            remedy = f"reserve {region.size} bytes of huge pages in /proc/sys/vm/nr_hugepages"
+            raise SocketSetupError(f"guest memory: {last_error()}", remedy=remedy)
+        checked(code)
         if region.file is not None:
             files[region.file] = int(out[1])
         mapped = MappedRegion(region.gpa, region.size, int(out[0]), int(out[1]), region.file_offset)

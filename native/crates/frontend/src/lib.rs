@@ -11,7 +11,8 @@
 //! | [`ring`] | the driver's side of one split ring, and what a device may not do to it |
 //! | [`exchange`] | the buffers of one request: framing, poison, checks after completion |
 //! | [`queue`] | a ring with its eventfds, shared by threads: requests, waiting, pausing, quarantine |
-//! | [`load`] | load loops with a latency histogram; content checks |
+//! | [`port`] | the way by which native loops use a queue: batches, no allocation |
+//! | [`spec`], [`load`], [`histogram`] | what a load does, its loops with content checks, its latencies |
 //! | [`digest`] | SHA-256 of many files with many reads in flight |
 //! | [`kit`] | all of them together, as one front-end |
 
@@ -29,9 +30,11 @@ mod pause;
 pub mod port;
 pub mod queue;
 pub mod ring;
+pub mod spec;
 pub mod sys;
 #[cfg(test)]
 mod testing;
+mod waiting;
 
 pub use connection::Connection;
 pub use error::Error;

@@ -6,151 +6,17 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
 use crate::error::Error;
-use crate::exchange::{Exchange, Layout};
+use crate::exchange::Exchange;
 use crate::fault::FaultKind;
 use crate::fuse::{self, IN_HEADER, OUT_HEADER};
-use crate::histogram::Histogram;
-use crate::port::{Port, Wait};
+use crate::port::Port;
 use crate::queue::Queue;
-use crate::sys::Mapping;
-
-/// What a read must return.
-#[derive(Clone)]
-pub enum Expected {
-    /// Whatever comes, as long as the length is right.
-    Anything,
-    /// The bytes of a mapped file, the target's content beginning at this offset.
-    File(Arc<Mapping>, u64),
-    /// SHA-256 of each block of the operation's length; the last may be shorter.
-    Blocks(Vec<[u8; 32]>),
-}
-
-/// An object of an operation.
-#[derive(Clone)]
-pub struct Target {
-    pub nodeid: u64,
-    pub fh: u64,
-    /// Bytes of the file that is read.
-    pub size: u64,
-    /// What is looked up, without NUL.
-    pub name: Vec<u8>,
-    pub expected: Expected,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    Getattr,
-    Lookup,
-    Read,
-}
-
-/// One kind of operation in a mix.
-pub struct Op {
-    pub kind: Kind,
-    /// Share in the mix.
-    pub weight: u32,
-    /// Bytes of a read; offsets are multiples of it.
-    pub len: u32,
-    /// Targets and offsets at random, else one after the other.
-    pub random: bool,
-    pub targets: Vec<Target>,
-}
-
-impl Op {
-    fn request_len(&self) -> usize {
-        IN_HEADER
-            + match self.kind {
-                Kind::Getattr => 16,
-                Kind::Lookup => self.targets.first().map_or(1, |t| t.name.len() + 1),
-                Kind::Read => 40,
-            }
-    }
-
-    fn reply_len(&self) -> usize {
-        OUT_HEADER
-            + match self.kind {
-                Kind::Getattr => fuse::ATTR_OUT,
-                Kind::Lookup => fuse::ENTRY_OUT,
-                Kind::Read => self.len as usize,
-            }
-    }
-
-    fn blocks(&self, target: &Target) -> u64 {
-        target.size.div_ceil(u64::from(self.len.max(1))).max(1)
-    }
-}
-
-/// What a load does.
-pub struct Spec {
-    pub ops: Vec<Op>,
-    /// Requests in flight per queue.
-    pub depth: usize,
-    /// Requests per queue, 0 for no limit.
-    pub count: u64,
-    /// Time after which nothing new is submitted.
-    pub duration: Duration,
-    pub wait: Wait,
-    pub layout: Layout,
-    /// Poison buffers, look at them after completion, and once more before they are used again.
-    pub canaries: bool,
-    /// Buffers beyond the depth that rest, poisoned, between two uses.
-    pub resting: usize,
-    pub seed: u64,
-    /// Time without any completion after which what is in flight is given up as lost.
-    pub stall: Duration,
-}
-
-/// What came of one operation of the mix.
-#[derive(Clone, Default)]
-pub struct OpOutcome {
-    pub errors: u64,
-    pub first_errno: i32,
-    /// Reads whose length or content is not the expected one.
-    pub wrong: u64,
-    pub bytes: u64,
-    pub latency: Histogram,
-}
-
-impl OpOutcome {
-    fn merge(&mut self, other: &OpOutcome) {
-        self.errors += other.errors;
-        self.first_errno = if self.first_errno == 0 {
-            other.first_errno
-        } else {
-            self.first_errno
-        };
-        self.wrong += other.wrong;
-        self.bytes += other.bytes;
-        self.latency.merge(&other.latency);
-    }
-}
-
-/// What came of a load.
-#[derive(Default)]
-pub struct Outcome {
-    pub elapsed: Duration,
-    /// Requests that were given up.
-    pub lost: u64,
-    pub kicks: u64,
-    pub kicks_suppressed: u64,
-    pub interrupts: u64,
-    /// By operation, in the order of the specification.
-    pub ops: Vec<OpOutcome>,
-}
-
-impl Outcome {
-    /// All operations together.
-    pub fn total(&self) -> OpOutcome {
-        let mut total = OpOutcome::default();
-        self.ops.iter().for_each(|op| total.merge(op));
-        total
-    }
-}
+pub use crate::spec::{Expected, Kind, Op, OpOutcome, Outcome, Spec, Target};
 
 /// Runs a load on each of `queues` at the same time, until it is done or `stop` changes.
 pub fn run(queues: &[Arc<Queue>], spec: &Spec, stop: &AtomicU64) -> Result<Outcome, Error> {
@@ -302,7 +168,8 @@ impl<'a> Loop<'a> {
         (target, block)
     }
 
-    fn prepare(&mut self) -> Result<Slot, Error> {
+    /// The next request; `now` stands in for the time of its submission.
+    fn prepare(&mut self, now: Instant) -> Result<Slot, Error> {
         let i = self.pick_op();
         let (target, block) = self.pick(i);
         let op = &self.spec.ops[i];
@@ -347,7 +214,7 @@ impl<'a> Loop<'a> {
             target,
             offset,
             unique: self.unique,
-            submitted: Instant::now(),
+            submitted: now,
         })
     }
 
@@ -393,7 +260,7 @@ impl<'a> Loop<'a> {
             }
             while left > 0 {
                 let Some(slot) = self.free.pop() else { break };
-                let prepared = self.prepare()?;
+                let prepared = self.prepare(now)?;
                 self.slots[slot as usize] = Some(prepared);
                 waiting.push_back(slot);
                 left -= 1;

@@ -5,8 +5,10 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::exchange::Framing;
+use crate::exchange::{Framing, Layout};
 use crate::memory::new_file;
+use crate::port::Wait;
+use crate::sys::Mapping;
 use crate::testing::{FakeDevice, queue};
 
 const FILE: u64 = 20_000;

@@ -6,7 +6,7 @@
 //! its latencies hold no hop from thread to thread.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::fuse::OutHeader;
 use crate::memory::{Memory, Span};
 use crate::pause::Snapshot;
 use crate::ring::{Desc, Ring, RingOptions, table_size, write_table};
-use crate::sys::{self, Until};
+use crate::sys;
 
 /// Completed buffers are watched for late writes until so many newer ones came, or so many bytes.
 const QUARANTINE_BUFFERS: usize = 512;
@@ -73,7 +73,7 @@ pub(crate) enum Leader {
 pub(crate) struct State {
     pub(crate) ring: Ring,
     /// Call eventfds; the last one is in use. A device that was told of a new one may still signal an old one.
-    calls: Vec<Arc<OwnedFd>>,
+    pub(crate) calls: Vec<Arc<OwnedFd>>,
     pub(crate) connection: Option<Arc<Connection>>,
     pub(crate) closed: bool,
     pub(crate) paused: bool,
@@ -86,7 +86,7 @@ pub(crate) struct State {
     pub(crate) generation: u64,
     next_tag: u64,
     pub(crate) pending: HashMap<u64, Pending>,
-    done: HashMap<u64, Completion>,
+    pub(crate) done: HashMap<u64, Completion>,
     pub(crate) quarantine: VecDeque<Arc<Span>>,
     quarantine_bytes: usize,
     pub(crate) retired: VecDeque<Ring>,
@@ -103,7 +103,7 @@ pub struct Queue {
     state: Mutex<State>,
     pub(crate) cond: Condvar,
     kick: OwnedFd,
-    wake: OwnedFd,
+    pub(crate) wake: OwnedFd,
 }
 
 impl Queue {
@@ -384,112 +384,6 @@ impl Queue {
             header,
             latency,
             exchange: pending.exchange,
-        }
-    }
-
-    /// Waits until `ready` returns something; it is called with the ring reaped.
-    fn wait_until<T>(
-        &self,
-        timeout: Duration,
-        mut ready: impl FnMut(&mut State) -> Option<T>,
-    ) -> Result<T, Error> {
-        let deadline = Instant::now() + timeout;
-        let mut state = self.lock();
-        loop {
-            self.reap(&mut state, None);
-            if let Some(result) = ready(&mut state) {
-                return Ok(result);
-            }
-            if state.closed {
-                return Err(Error::Closed);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::Timeout);
-            }
-            if state.leader != Leader::None || !state.ports.is_empty() || state.paused {
-                state = self
-                    .cond
-                    .wait_timeout(state, left)
-                    .unwrap_or_else(|e| e.into_inner())
-                    .0;
-                continue;
-            }
-            if state.ring.enable_interrupts() {
-                continue;
-            }
-            state.leader = Leader::Waiter;
-            state = self.sleep(state, left)?;
-            if state.leader == Leader::Waiter {
-                state.leader = Leader::None;
-            }
-            // Somebody else may have to lead now.
-            self.cond.notify_all();
-        }
-    }
-
-    /// Sleeps on the eventfds with the lock released, for the leader.
-    pub(crate) fn sleep<'a>(
-        &'a self,
-        state: MutexGuard<'a, State>,
-        timeout: Duration,
-    ) -> Result<MutexGuard<'a, State>, Error> {
-        let calls = state.calls.clone();
-        let connection = state.connection.clone();
-        drop(state);
-        let mut fds: Vec<Until> = calls
-            .iter()
-            .map(|fd| Until::Readable(fd.as_raw_fd()))
-            .collect();
-        fds.push(Until::Readable(self.wake.as_raw_fd()));
-        fds.extend(connection.as_ref().map(|c| Until::HungUp(c.as_raw_fd())));
-        let mask = sys::poll(&fds, timeout);
-        let mut state = self.lock();
-        let mask = match mask {
-            Ok(mask) => mask,
-            Err(e) => {
-                state.leader = Leader::None;
-                return Err(e);
-            }
-        };
-        for (i, call) in calls.iter().enumerate() {
-            if mask & 1 << i != 0 {
-                self.stats
-                    .interrupts
-                    .fetch_add(sys::take_signal(call.as_fd()), Ordering::Relaxed);
-            }
-        }
-        if mask & 1 << calls.len() != 0 {
-            sys::take_signal(self.wake.as_fd());
-        }
-        if mask & 2 << calls.len() != 0 {
-            state.closed = true;
-        }
-        Ok(state)
-    }
-
-    /// Waits until request `token` completes. Its data stay for [`Queue::take`].
-    pub fn wait(
-        &self,
-        token: u64,
-        timeout: Duration,
-    ) -> Result<(u32, Option<OutHeader>, Duration), Error> {
-        self.wait_until(timeout, |state| {
-            if let Some(done) = state.done.get(&token) {
-                return Some(Ok((done.used, done.header, done.latency)));
-            }
-            (!state.pending.contains_key(&token)).then_some(Err(Error::Reset))
-        })?
-    }
-
-    /// Tokens that are completed and not taken, waiting up to `timeout` for the first.
-    pub fn completed(&self, timeout: Duration) -> Result<Vec<u64>, Error> {
-        let found = self.wait_until(timeout, |state| {
-            (!state.done.is_empty()).then(|| state.done.keys().copied().collect::<Vec<u64>>())
-        });
-        match found {
-            Err(Error::Timeout) => Ok(Vec::new()),
-            other => other,
         }
     }
 
