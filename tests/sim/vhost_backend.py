@@ -249,6 +249,11 @@ class BackendSim:
     def _u16(place: tuple[mmap.mmap, int]) -> int:
         return int(struct.unpack_from("<H", place[0], place[1])[0])
 
+    @staticmethod
+    def _store_u16(place: tuple[mmap.mmap, int], value: int) -> None:
+        """In one store: ``struct.pack_into`` clears the bytes first, which a spinning driver can see."""
+        memoryview(place[0]).cast("H")[place[1] // 2] = value
+
     def process(self, index: int) -> None:
         """Takes all available requests of a ring and, unless they are held, answers them."""
         ring = self.rings[index]
@@ -256,8 +261,7 @@ class BackendSim:
         while True:
             if self._u16(self._user(avail + 2, 2)) == ring.base:
                 # Ask for a kick at the next one, and look again.
-                memory, at = self._user(used + 4 + 8 * ring.num, 2)
-                struct.pack_into("<H", memory, at, ring.base)
+                self._store_u16(self._user(used + 4 + 8 * ring.num, 2), ring.base)
                 if self._u16(self._user(avail + 2, 2)) == ring.base:
                     return
             head = self._u16(self._user(avail + 4 + 2 * (ring.base % ring.num), 2))
@@ -303,8 +307,7 @@ class BackendSim:
         memory, at = self._user(used + 4 + 8 * (ring.used_idx % ring.num), 8)
         struct.pack_into("<II", memory, at, head, length)
         old, ring.used_idx = ring.used_idx, (ring.used_idx + 1) & 0xFFFF
-        memory, at = self._user(used + 2, 2)
-        struct.pack_into("<H", memory, at, ring.used_idx)
+        self._store_u16(self._user(used + 2, 2), ring.used_idx)
         if self._u16(self._user(avail + 4 + 2 * ring.num, 2)) == old:
             os.write(ring.call, struct.pack("<Q", 1))
 
