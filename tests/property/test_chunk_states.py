@@ -143,7 +143,11 @@ class ChunkStates(RuleBasedStateMachine):
             data[view.offsets[chunk]] ^= 0x80
         outcomes = store.ingest(0, 0, bytes(data), wanted)
         for chunk, outcome in zip(wanted, outcomes, strict=True):
-            assert (outcome == OK) == (chunk in was_ready or chunk not in damaged)
+            if chunk not in damaged:
+                assert outcome == OK
+            elif view.has_data or chunk not in was_ready:
+                # In memory, storing one chunk may push out another that was ready.
+                assert (outcome == OK) == (chunk in was_ready)
 
     @precondition(lambda self: self.daemons)
     @rule(slot=slots, chunk=chunks, force=st.booleans())

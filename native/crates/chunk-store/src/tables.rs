@@ -177,6 +177,11 @@ fn open_pair(
             sys::unlink_at(dir, &data_name)?;
             continue;
         }
+        if matches!(found, Found::Fresh) {
+            // A data file without states may be in use by a daemon whose state file was removed, and for another
+            // promise: what would be written here must not show up there.
+            sys::unlink_at(dir, &data_name)?;
+        }
         let data = sys::open_file_at(dir, &data_name)?;
         let (data_ino, data_len) = sys::identity(data.as_fd())?;
         if let Found::Ours { data_ino: bound } = found {
