@@ -25,11 +25,13 @@ class Boot:
 
     Attributes:
         name: how the report calls it.
+        started: when the daemon was started (``time.monotonic()``).
         times: event name to time, in the order in which they happened.
         status: the daemon's status right after the first HTTP answer.
     """
 
     name: str
+    started: float
     times: dict[str, float]
     status: dict[str, Any]
 
@@ -113,7 +115,7 @@ def boot(
         if milestone in found:
             times[event] = found[milestone] - daemon.started
     times["HTTP 200"] = answered - daemon.started
-    return Boot(name, times, status)
+    return Boot(name, daemon.started, times, status)
 
 
 def _wait_http(

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import attrs
 
-from guest.boot import Boot, boot
+from guest.boot import boot
 from guest.daemon import PROGRAM, DaemonError
 from guest.kit import ROOT, VAR, Kernel, KitError
 from guest.progress import Progress
@@ -113,6 +113,7 @@ def make_image(directory: Path | None, registry: Registry, progress: Progress) -
 def two_boots(parsed: argparse.Namespace, stack: contextlib.ExitStack, progress: Progress) -> dict[str, Any]:
     """Everything between the command line and the report; the report as data."""
     kernel = Kernel.find(parsed.kernel)
+    registry = None
     if parsed.image is None:
         shutil.rmtree(FOLDER / "registry", ignore_errors=True)
         registry = stack.enter_context(Registry(FOLDER / "registry"))
@@ -134,24 +135,24 @@ def two_boots(parsed: argparse.Namespace, stack: contextlib.ExitStack, progress:
     cache = FOLDER / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     options = ["--cache-dir", str(cache), *(["--plain-http"] if source.plain_http else [])]
-    boots: list[Boot] = []
+    results: list[dict[str, Any]] = []
     for name, state in (("cold", "empty"), ("warm", "warm")):
         progress.step(f"boot: {parsed.machine}, Linux {kernel.release}, root over virtio-fs, {state} cache")
-        boots.append(
-            boot(
-                name,
-                f"{host}/{source.rest}",
-                kernel=kernel,
-                options=options,
-                logs=FOLDER / "logs",
-                kind=parsed.machine,
-                memory=parsed.memory,
-                timeout=parsed.timeout,
-                note=progress.note,
-            )
+        before = registry.traffic() if registry is not None else None
+        seen = boot(
+            name,
+            f"{host}/{source.rest}",
+            kernel=kernel,
+            options=options,
+            logs=FOLDER / "logs",
+            kind=parsed.machine,
+            memory=parsed.memory,
+            timeout=parsed.timeout,
+            note=progress.note,
         )
-        progress.step(f"boot: HTTP 200 after {boots[-1].times['HTTP 200']:.1f} s")
-    results = [describe(one, source.size) for one in boots]
+        progress.step(f"boot: HTTP 200 after {seen.times['HTTP 200']:.1f} s")
+        traffic = registry.traffic() - before if registry is not None and before is not None else None
+        results.append(describe(seen, source.size, traffic))
     return {"kernel": kernel.release, "machine": parsed.machine, "link": link, "boots": results}
 
 

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import socket
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+import attrs
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+# A line of the access log: the answer's status and length behind the quoted request.
+_ANSWER = re.compile(rb'"(?:GET|HEAD) /v2/[^"]+" (\d{3}) (\d+) ')
+
+
+@attrs.frozen
+class Traffic:
+    """What a registry has answered: requests and bytes of their bodies."""
+
+    requests: int
+    bytes: int
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        return Traffic(self.requests - earlier.requests, self.bytes - earlier.bytes)
 
 
 def free_port() -> int:
@@ -82,6 +100,11 @@ class Registry:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def traffic(self) -> Traffic:
+        """Everything that was read from it so far, by its own account."""
+        answers = _ANSWER.findall(self.log.read_bytes())
+        return Traffic(len(answers), sum(int(length) for _, length in answers))
 
     def close(self) -> None:
         """Ends the registry; its content stays."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 if TYPE_CHECKING:
     from guest.boot import Boot
+    from guest.registry import Traffic
 
 _STALLS = 8
 
@@ -19,24 +22,27 @@ def amount(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def describe(boot: Boot, image_size: int | None) -> dict[str, Any]:
+def describe(boot: Boot, image_size: int | None, registry: Traffic | None = None) -> dict[str, Any]:
     """One boot as data; ``text`` has the same as lines to print.
 
     Args:
         boot: what was seen.
         image_size: bytes of the whole image in the registry, if known.
+        registry: everything that the registry answered during the boot, if it was ours.
     """
     status = boot.status
-    session, agent = status["session"], status["agent"]
     times = dict(boot.times)
-    for event, clock in (("image mounted", "mounted_ns"), ("FUSE_INIT", "init_ns")):
-        if session[clock]:
-            times[event] = (session[clock] - session["start_ns"]) / 1e9
+    # The daemon's clock is ours: CLOCK_MONOTONIC.
+    for event, name in (("image mounted", "mounted_ns"), ("FUSE_INIT", "init_ns")):
+        if status["session"][name]:
+            times[event] = status["session"][name] / 1e9 - boot.started
     times = dict(sorted(times.items(), key=lambda item: item[1]))
-    requests, size = sum(agent["fetches"].values()), agent["bytes_fetched"]
+    requests = sum(status["agent"]["fetches"].values())
+    fetched = status["agent"]["bytes_fetched"]
     stalls = [
         {
-            "duration_s": (stall["done_ns"] - stall["parked_ns"]) / 1e9,
+            "duration_s": round((stall["done_ns"] - stall["parked_ns"]) / 1e9, 4),
+            "at_s": round(stall["parked_ns"] / 1e9 - boot.started, 4),
             "path": stall["path"] or f"node {stall['nodeid']}",
             "offset": stall["offset"],
             "length": stall["length"],
@@ -45,10 +51,19 @@ def describe(boot: Boot, image_size: int | None) -> dict[str, Any]:
     ]
     text = [f"{boot.name} cache", "  time line (s since the daemon was started)"]
     text += [f"    {seconds:8.3f}  {event}" for event, seconds in times.items()]
-    share = f" of {amount(image_size)} ({100 * size / image_size:.0f} %)" if image_size else ""
-    text.append(f"  fetched: {requests} requests, {amount(size)}{share}")
+    share = f" of {amount(image_size)} ({100 * fetched / image_size:.0f} %)" if image_size else ""
+    text.append(f"  fetched: {requests} requests, {amount(fetched)}{share}")
+    if registry is not None:
+        text.append(
+            f"  with manifest and bootstrap the registry answered {registry.requests} requests,"
+            f" {amount(registry.bytes)}"
+        )
     if stalls:
-        text.append("  longest stalls (s, what was read)")
+        waits = status["stalls"]
+        text.append(
+            f"  {waits['count']} reads waited for data, {waits['total_ns'] / 1e9:.1f} s in all; the longest"
+            " (s, file, offset, length)"
+        )
         text += [
             f"    {stall['duration_s']:8.3f}  {stall['path']} [{stall['offset']}, +{stall['length']}]"
             for stall in stalls
@@ -57,8 +72,11 @@ def describe(boot: Boot, image_size: int | None) -> dict[str, Any]:
         "name": boot.name,
         "times_s": {event: round(seconds, 4) for event, seconds in times.items()},
         "requests": requests,
-        "bytes": size,
+        "bytes": fetched,
+        "registry": attrs.asdict(registry) if registry is not None else None,
         "image_bytes": image_size,
+        "stalled_reads": status["stalls"]["count"],
+        "stalled_s": round(status["stalls"]["total_ns"] / 1e9, 4),
         "stalls": stalls,
         "text": text,
     }
