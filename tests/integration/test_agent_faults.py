@@ -183,3 +183,32 @@ def test_memory_stands_in_when_the_disk_is_full(start: Callable[..., Served], sm
         served.daemon.stop()
     finally:
         subprocess.run(["umount", "-l", small_disk], check=True)
+
+
+def test_a_registry_that_is_away_for_a_minute_costs_no_error(start: Callable[..., Served]) -> None:
+    """The outage that the default deadline is made for, in full length."""
+    served = start()
+    served.collect([served.submit_read("f001", 0, 4096)])
+    served.sim.refuse()
+    waiting = served.random_reads(random.Random(60))
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        served.collect([served.submit_read("f001", 0, 4096)])
+        time.sleep(0.5)
+    assert served.parked() > 0
+    served.sim.accept()
+    served.collect(waiting)
+    assert served.session.status()["counters"]["errors"] == 0
+    assert served.session.status()["counters"]["deadline_errors"] == 0
+    served.check_ring()
+
+
+def test_a_read_fails_when_its_time_is_over_and_the_next_one_tries_anew(start: Callable[..., Served]) -> None:
+    served = start("--io-deadline", "2")
+    served.collect([served.submit_read("f001", 0, 4096)])
+    served.sim.refuse()
+    token, _ = served.submit_read("big", 3 << 20, 4096)
+    assert served.fe.wait(token, 30).error == errno.EIO
+    served.sim.accept()
+    served.collect([served.submit_read("big", 3 << 20, 4096)])
+    served.check_ring()
