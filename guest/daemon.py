@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from virtiofsd_rafs.cli.status import fetch_status
+from virtiofsd_rafs.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,21 +74,15 @@ class Daemon:
         return time.monotonic()
 
     def status(self) -> dict[str, Any]:
-        """What ``virtiofsd-rafs status --json`` prints.
+        """The daemon's status, as ``virtiofsd-rafs status --json`` prints it.
 
         Raises:
             DaemonError: the daemon does not answer.
         """
-        done = subprocess.run(
-            [PROGRAM, "status", "--json", "--api-socket", self.api_socket],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise self._fail(f"virtiofsd-rafs status failed: {done.stderr.strip()}")
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        try:
+            return fetch_status(self.api_socket)
+        except BackendError as error:
+            raise self._fail(str(error)) from error
 
     def wait_end(self, timeout: float = 30) -> int:
         """Waits until the daemon has ended by itself; its exit code.

@@ -82,20 +82,18 @@ class SlowLink:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # The handshake of TCP and the first bytes behind it.
-        await asyncio.sleep(self._latency)
+        ends = [writer]
         try:
+            await asyncio.sleep(self._latency)
             far_reader, far_writer = await asyncio.open_connection(*self._target)
-        except OSError:
-            writer.transport.abort()
-            return
-        try:
+            ends.append(far_writer)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_carry(reader, far_writer, self._up, self._latency / 2))
                 tasks.create_task(_carry(far_reader, writer, self._down, self._latency / 2))
-        except* OSError:
-            pass  # either side went away: so does the other
+        except* (OSError, asyncio.CancelledError):
+            pass  # either side went away, so does the other; or the link is being ended
         finally:
-            for end in (writer, far_writer):
+            for end in ends:
                 end.transport.abort()
 
     async def serve(self) -> None:

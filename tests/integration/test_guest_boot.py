@@ -155,6 +155,13 @@ def worker_pid(daemon: Daemon) -> int:
     return pid
 
 
+def wait_parked(daemon: Daemon, guest: Guest) -> None:
+    """Waits until requests of the guest wait for data."""
+    while not sum(queue["parked"] for queue in daemon.status()["queues"]):
+        assert "job-ended" not in guest.milestones(), "the guest was through before anything was parked"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("kind", ["q35", "microvm"])
 @pytest.mark.parametrize("series", ["6.12", "7"])
 def test_a_guest_sees_exactly_the_source(
@@ -197,22 +204,40 @@ def test_debian_starts_its_web_server_lazily(
     assert warm.status["agent"]["bytes_fetched"] == 0
 
 
-def test_the_worker_is_killed_again_and_again(debian: Image, work: Path, kernel: Kernels) -> None:
+def kill_workers(daemon: Daemon, guest: Guest) -> int:
+    """Kills one worker after the other, at random moments, until the guest has ended; how many."""
     noise = random.Random(7)
     killed: set[int] = set()
+    while "job-ended" not in guest.milestones() and guest.process.poll() is None:
+        pid = worker_pid(daemon)
+        if pid and pid not in killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+                killed.add(pid)
+        time.sleep(noise.uniform(0.0, 0.5))
+    assert guest.wait(LONG) == 0
+    assert daemon.wait_end() == 0
+    return len(killed)
+
+
+def test_the_worker_is_killed_again_and_again(debian: Image, work: Path, kernel: Kernels) -> None:
     with running(debian.reference, work, kernel("6.12"), "rafs.passes=2") as (daemon, guest):
         guest.milestone("pass-begins", LONG)
-        while "job-ended" not in guest.milestones() and guest.process.poll() is None:
-            pid = worker_pid(daemon)
-            if pid and pid not in killed:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, 9)
-                    killed.add(pid)
-            time.sleep(noise.uniform(0.05, 1.0))
-        assert guest.wait(LONG) == 0
-        assert daemon.wait_end() == 0
-    assert len(killed) >= 5, "the guest was through before the worker could be killed often enough"
+        assert kill_workers(daemon, guest) >= 10, "the guest was through before enough workers were killed"
     assert_same(debian, daemon, guest, count=2)
+
+
+def test_the_worker_is_killed_while_requests_are_parked(
+    sample: Image, registry: Registry, work: Path, kernel: Kernels
+) -> None:
+    with (
+        SlowLinkProcess(registry.port, rate_mbit=8, latency_ms=50) as link,
+        running(sample.through(link), work, kernel("7")) as (daemon, guest),
+    ):
+        guest.milestone("pass-begins", LONG)
+        wait_parked(daemon, guest)
+        assert kill_workers(daemon, guest) >= 10, "the guest was through before enough workers were killed"
+    assert_same(sample, daemon, guest)
 
 
 def test_stop_and_cont_while_requests_are_parked(
@@ -224,6 +249,7 @@ def test_stop_and_cont_while_requests_are_parked(
     ):
         guest.milestone("pass-begins", LONG)
         for _ in range(6):
+            wait_parked(daemon, guest)
             guest.qmp("stop")
             assert guest.qmp("query-status")["status"] == "paused"
             # Data goes on arriving for requests that the stopped guest has made.
@@ -245,6 +271,7 @@ def test_reset_while_requests_are_parked(
         position = 0
         for _ in range(2):
             position, _ = guest.milestone("pass-begins", LONG, position)
+            wait_parked(daemon, guest)
             guest.qmp("system_reset")
             position += 1
         # The third boot of the same machine goes through: each began with a FUSE_INIT of its own.
