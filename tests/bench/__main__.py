@@ -142,7 +142,7 @@ def compare_trees(trees: dict[str, dict[bytes, Any]]) -> None:
 @click.option(
     "--canaries", is_flag=True, help="Watch all buffers for stray writes; slows the front-end down."
 )
-@click.option("--pin", is_flag=True, help="Front-end on CPU 0, back-ends on the others.")
+@click.option("--pin/--no-pin", default=True, help="Front-end on the first CPU, back-ends on the others.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all runs here.")
 def main(
     virtiofsd: str | None,
@@ -214,6 +214,7 @@ def measure(
 ) -> dict[str, dict[str, list[Run]]]:
     """All runs by case and side; prints each case when it is done."""
     if pin:
+        # On one CPU both sides share its cache, as no guest does: the scheduler's mood would decide all.
         cpus = sorted(os.sched_getaffinity(0))
         for pid in {pid for side in running for pid in side.pids()}:
             for task in os.listdir(f"/proc/{pid}/task"):
