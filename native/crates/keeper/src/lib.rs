@@ -131,6 +131,7 @@ impl Keeper {
             post.as_raw_fd(),
         );
         process::set_name(c"rafs-keeper");
+        process::raise_descriptor_limit();
         Ok(Keeper {
             shared,
             options,

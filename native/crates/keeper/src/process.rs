@@ -30,6 +30,19 @@ pub fn signalfd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     }
 }
 
+/// Raises the soft limit of open files to the hard one: an image of 255 blobs has 765 descriptors, and a worker
+/// holds them twice.
+pub fn raise_descriptor_limit() {
+    // SAFETY: reads and writes a limit that we own. When it cannot be raised, opening says so later.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
 /// A pidfd of a child.
 pub fn pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
     // SAFETY: plain system call; the result is checked.
