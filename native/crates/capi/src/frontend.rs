@@ -115,10 +115,8 @@ fn borrow(fds: &[i32]) -> Result<Vec<BorrowedFd<'_>>, Failure> {
         return Err(invalid("a negative file descriptor"));
     }
     // SAFETY: not negative; open during the call by the contract of the functions that take descriptors.
-    Ok(fds
-        .iter()
-        .map(|&fd| unsafe { BorrowedFd::borrow_raw(fd) })
-        .collect())
+    let one = |&fd: &i32| unsafe { BorrowedFd::borrow_raw(fd) };
+    Ok(fds.iter().map(one).collect())
 }
 
 /// A new front-end without connection, memory or queues.

@@ -247,10 +247,11 @@ impl Tables {
         let pair = match open_pair(dir, &spec.blob_id, false, spec, map_digest, boot_id)? {
             Some(pair) => pair,
             None => {
-                let tag: String = map_digest[..8].iter().map(|b| format!("{b:02x}")).collect();
+                let [a, b, c, d, e, f, g, h, ..] = *map_digest;
+                let tag = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
                 open_pair(
                     dir,
-                    &format!("{}-{tag}", spec.blob_id),
+                    &format!("{}-{tag:016x}", spec.blob_id),
                     true,
                     spec,
                     map_digest,

@@ -286,8 +286,8 @@ impl Span {
             let mut difference = 0u64;
             for k in 0..n {
                 // SAFETY: head + (i + k)*8 + 8 ≤ len; the read is unaligned-safe.
-                difference |=
-                    unsafe { p.add(head + (i + k) * 8).cast::<u64>().read_unaligned() } ^ word;
+                let found = unsafe { p.add(head + (i + k) * 8).cast::<u64>().read_unaligned() };
+                difference |= found ^ word;
                 word = word.wrapping_add(POISON_STEP);
             }
             if difference != 0 {

@@ -216,19 +216,22 @@ impl ChunkMap {
     /// The chunk that a part of a file needs; an error when it is not known, lies elsewhere, or is too short.
     pub fn resolve(&self, part: &ChunkRef) -> Result<&ChunkInfo> {
         let bad = |message: String| Err(FormatError::malformed("chunk_index", 0, message));
-        let name = format_args!("chunk {} of blob {}", part.chunk_index, part.blob_index);
+        let name = || format!("chunk {} of blob {}", part.chunk_index, part.blob_index);
         let Some(chunk) = self.get(part.chunk_index) else {
-            return bad(format!("{name} is not described"));
+            return bad(format!("{} is not described", name()));
         };
         if chunk.uncompressed_offset != part.data_offset {
             return bad(format!(
-                "{name} lies at {}, not at {}",
-                chunk.uncompressed_offset, part.data_offset
+                "{} lies at {}, not at {}",
+                name(),
+                chunk.uncompressed_offset,
+                part.data_offset
             ));
         }
         if u64::from(part.chunk_offset) + u64::from(part.len) > u64::from(chunk.uncompressed_size) {
             return bad(format!(
-                "{name} has {} bytes, fewer than a file needs",
+                "{} has {} bytes, fewer than a file needs",
+                name(),
                 chunk.uncompressed_size
             ));
         }

@@ -210,7 +210,7 @@ mod tests {
 
     fn new_log() -> Box<QueueLog> {
         // SAFETY: every field is an atomic integer, for which all-zero bytes are valid.
-        unsafe { Box::new_zeroed().assume_init() }
+        Box::new(unsafe { std::mem::zeroed() })
     }
 
     fn heads(log: &QueueLog) -> Vec<u16> {

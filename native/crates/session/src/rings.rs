@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn posts_come_back_in_order_and_a_full_ring_says_so() {
         // SAFETY: all-zero bytes are valid atomics.
-        let ring: Box<PostRing> = unsafe { Box::new_zeroed().assume_init() };
+        let ring: Box<PostRing> = Box::new(unsafe { std::mem::zeroed() });
         let post = |i| Post {
             mount: 1,
             blob_index: 2,
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn traces_overwrite_the_oldest() {
         // SAFETY: all-zero bytes are valid atomics.
-        let ring: Box<TraceRing> = unsafe { Box::new_zeroed().assume_init() };
+        let ring: Box<TraceRing> = Box::new(unsafe { std::mem::zeroed() });
         for i in 0..TRACES as u64 + 3 {
             ring.push(&Trace {
                 nodeid: i,

@@ -153,10 +153,8 @@ impl GuestMemory {
             return None;
         }
         // SAFETY: `into` is inside the region.
-        Some((
-            unsafe { region.host.add(into as usize) },
-            len.min(region.spec.size - into),
-        ))
+        let host = unsafe { region.host.add(into as usize) };
+        Some((host, len.min(region.spec.size - into)))
     }
 
     /// Host address of `len` bytes at the VMM's address `addr`, which must lie in one region.
