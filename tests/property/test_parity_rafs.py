@@ -244,7 +244,9 @@ def test_tree_is_the_source(parse: Callable[[bytes], AnyTree], source: Path, bui
             names = os.listxattr(path, follow_symlinks=False)
             attributes = {os.fsdecode(x.prefix + x.suffix): x.value for x in tree.xattrs(inode)}
             assert attributes == {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
-    assert set(found) == {source, *source.rglob("*")}
+    # Not rglob: that of Python 3.11.2 fails on a link whose target is longer than a name may be.
+    below = {Path(top) / name for top, dirs, files in os.walk(source) for name in dirs + files}
+    assert set(found) == {source} | below
     assert found[source / "chunks"] == found[source / "hardlink"]
 
 
