@@ -110,7 +110,7 @@ def boot(
                 guest.wait(30)
             code = daemon.wait_end()
             if code:
-                raise GuestError(f"virtiofsd-rafs ended with exit code {code}; see {daemon.log}")
+                raise daemon.failure(f"virtiofsd-rafs ended with exit code {code}")
     for event, milestone in (("first exec", "init"), ("network up", "up"), ("server starts", "starts")):
         if milestone in found:
             times[event] = found[milestone] - daemon.started
@@ -127,9 +127,7 @@ def _wait_http(
         if guest.process.poll() is not None:
             raise GuestError(f"QEMU ended with exit code {guest.process.returncode}:\n{guest.console()}")
         if daemon.process.poll() is not None:
-            raise GuestError(
-                f"virtiofsd-rafs ended with exit code {daemon.process.returncode}; see {daemon.log}"
-            )
+            raise daemon.failure(f"virtiofsd-rafs ended with exit code {daemon.process.returncode}")
         seen = guest.milestones()
         note(f"guest: {next(reversed(seen), 'kernel')}")
         if "job-ended" in seen:

@@ -54,7 +54,8 @@ class Daemon:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def _fail(self, message: str) -> DaemonError:
+    def failure(self, message: str) -> DaemonError:
+        """An error that says *message* and how the daemon's log ends."""
         tail = "".join(f"    | {line}\n" for line in self.log.read_text(errors="replace").splitlines()[-15:])
         return DaemonError(f"{message}; its log ends:\n{tail}")
 
@@ -67,9 +68,9 @@ class Daemon:
         deadline = time.monotonic() + timeout
         while not self.socket.exists():
             if self.process.poll() is not None:
-                raise self._fail(f"virtiofsd-rafs ended with exit code {self.process.returncode}")
+                raise self.failure(f"virtiofsd-rafs ended with exit code {self.process.returncode}")
             if time.monotonic() > deadline:
-                raise self._fail(f"virtiofsd-rafs did not bind its socket within {timeout:g} s")
+                raise self.failure(f"virtiofsd-rafs did not bind its socket within {timeout:g} s")
             time.sleep(0.002)
         return time.monotonic()
 
@@ -82,7 +83,7 @@ class Daemon:
         try:
             return fetch_status(self.api_socket)
         except BackendError as error:
-            raise self._fail(str(error)) from error
+            raise self.failure(str(error)) from error
 
     def wait_end(self, timeout: float = 30) -> int:
         """Waits until the daemon has ended by itself; its exit code.
@@ -93,7 +94,7 @@ class Daemon:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise self._fail(f"virtiofsd-rafs still runs {timeout:g} s after the VM has gone") from None
+            raise self.failure(f"virtiofsd-rafs still runs {timeout:g} s after the VM has gone") from None
 
     def stop(self, timeout: float = 10) -> None:
         """Ends the daemon, by SIGKILL if SIGTERM does not help within *timeout* seconds."""

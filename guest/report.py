@@ -27,10 +27,13 @@ def describe(boot: Boot, image_size: int | None, registry: Traffic | None = None
 
     Args:
         boot: what was seen.
-        image_size: bytes of the whole image in the registry, if known.
+        image_size: bytes of the whole image in the registry; without it, what the daemon says.
         registry: everything that the registry answered during the boot, if it was ours.
     """
     status = boot.status
+    if image_size is None:
+        stored = [blob["stored_size"] for blob in status["image"]["blobs"]]
+        image_size = None if None in stored else sum(stored) + status["image"]["bootstrap_size"]
     times = dict(boot.times)
     # The daemon's clock is ours: CLOCK_MONOTONIC.
     for event, name in (("image mounted", "mounted_ns"), ("FUSE_INIT", "init_ns")):
