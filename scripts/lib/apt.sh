@@ -9,11 +9,17 @@ readonly APT_DIR=$VAR/apt
 readonly EXTRA_SUITES="bookworm-backports trixie-backports sid"
 APT_READY=
 
+# "URI SUITE" of everything that the machine's own configuration names, whether its lists have been fetched or not.
+machine_sources() {
+    # shellcheck disable=SC2016  # apt expands $(...), not the shell
+    apt-get indextargets --no-release-info --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | sort -u
+}
+
 # The base URI of the Debian archive in the machine's own configuration, so that a mirror or a proxy in use there is used here too.
 debian_mirror() {
     local uri
-    # shellcheck disable=SC2016  # apt expands $(...), not the shell
-    uri=$(apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' | awk '$1 == "bookworm" { uri = $2 } END { print uri }')
+    uri=$(machine_sources | awk '$2 ~ /^(bookworm|oldstable|stable)$/ { uri = $1 } $2 == "bookworm" { exact = $1 }
+        END { print exact ? exact : uri }')
     printf '%s\n' "${uri:-http://deb.debian.org/debian/}"
 }
 
@@ -26,10 +32,11 @@ apt_prepare() {
     mirror=$(debian_mirror)
     mkdir -p "$APT_DIR/lists/partial" "$APT_DIR/archives/partial" "$APT_DIR/empty"
     {
-        # What the machine itself uses of Debian 12 (with security updates, if it has them), then the newer suites.
-        # shellcheck disable=SC2016
-        apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | sort -u |
-            awk -v key="$keyring" '$2 ~ /^bookworm(-updates|-security)?$/ { print "deb [signed-by=" key "] " $1 " " $2 " main" }'
+        # Debian 12 itself, with the updates that the machine uses, then the newer suites.
+        {
+            printf '%s bookworm\n' "$mirror"
+            machine_sources | awk '$2 ~ /^bookworm-(updates|security)$/'
+        } | awk -v key="$keyring" '{ print "deb [signed-by=" key "] " $1 " " $2 " main" }'
         # A mirror may be frozen or lag behind; the signatures are checked all the same.
         for suite in $EXTRA_SUITES; do say "deb [signed-by=$keyring check-valid-until=no] $mirror $suite main"; done
     } >"$APT_DIR/sources.list"
