@@ -89,10 +89,25 @@ async def test_a_relative_bootstrap_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert (await resolve_image("image.boot", cache_dir=None, blob_dir=None)).bootstrap == BOOT
 
 
-@pytest.mark.parametrize("image", ["/no/such/file", "./no-such-file"])
+@pytest.mark.parametrize("image", ["/no/such/file", "./no-such-file", "no-such-file.boot"])
 async def test_a_bootstrap_file_that_is_not_there(image: str) -> None:
     with pytest.raises(NotFound, match="host/repository:tag"):
         await resolve_image(image, cache_dir=None, blob_dir=None)
+
+
+async def test_the_folder_of_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not looked for in a registry, under the name of the folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "image.boot").write_bytes(BOOT)
+    monkeypatch.chdir(tmp_path)
+    for image in ("out", "./out", str(tmp_path / "out")):
+        with pytest.raises(ConfigError, match=r"is a folder .*out/image\.boot"):
+            await resolve_image(image, cache_dir=None, blob_dir=None)
+
+
+async def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(ConfigError, match="is no image reference"):
+        await resolve_image("a" * 5000, cache_dir=None, blob_dir=None)
 
 
 async def test_a_bootstrap_file_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

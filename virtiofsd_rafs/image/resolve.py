@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _log = logging.getLogger(__name__)
+
+# What `build` calls the bootstrap.
+BOOTSTRAP_NAME = "image.boot"
 
 Pull = Literal["missing", "always", "never"]
 # An index of indexes is allowed by the image-spec; more depth is a loop in disguise.
@@ -76,15 +80,16 @@ async def resolve_image(
     """The image that *image* names.
 
     Args:
-        image: path of a bootstrap (an existing file, or anything that begins with ``/`` or ``.``), or a
-        reference. cache_dir: where content and tags are kept; None keeps them in memory only. blob_dir: for a
-        bootstrap file: where its blobs are; None: beside it. pull: ``missing`` asks the registry for what is
-        not in the cache, ``always`` asks what the tag names now,
-            ``never`` asks nothing. As docker's.
+        image: path of a bootstrap (an existing file, anything that begins with ``/`` or ``.``, or a name that
+            ends in ``.boot`` and has no tag), or a reference.
+        cache_dir: where content and tags are kept; None keeps them in memory only.
+        blob_dir: for a bootstrap file: where its blobs are; None: beside it.
+        pull: ``missing`` asks the registry for what is not in the cache, ``always`` asks what the tag names
+            now, ``never`` asks nothing. As docker's.
         plain_http: no TLS.
         ca_file: PEM certificates to trust beside the system's.
         deadline: seconds to try again in while the registry is away. What trying again cannot cure ends at
-        once.
+            once.
 
     Raises:
         ConfigError: no path, no reference, or options that do not fit.
@@ -136,7 +141,16 @@ async def resolve_image(
 
 
 def _is_file(image: str) -> bool:
-    return image.startswith(("/", "./", "../")) or Path(image).is_file()
+    """Is it a path? Raises ConfigError for the folder of a build."""
+    # os.path.isfile says False where Path's raises: for a name that is too long to be a file's.
+    if os.path.isfile(os.path.join(image, BOOTSTRAP_NAME)):
+        raise ConfigError(
+            f"{image} is a folder", remedy=f"name the bootstrap in it, {Path(image, BOOTSTRAP_NAME)}"
+        )
+    if image.startswith(("/", "./", "../")) or os.path.isfile(image):
+        return True
+    # Somebody who mistypes a file's name wants to hear that, and not what a registry far away thinks of it.
+    return image.endswith(Path(BOOTSTRAP_NAME).suffix) and ":" not in image
 
 
 def _read_file(path: Path, blob_dir: Path | None) -> ResolvedImage:
