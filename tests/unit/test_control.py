@@ -247,6 +247,13 @@ def test_a_cache_folder_that_cannot_be_made_is_no_reason_to_fail(image: MadeImag
     assert re.search(r"WARNING .*memory stands in", c.end()[1])
 
 
+def test_a_blob_that_is_not_there_is_told_at_the_start(image: MadeImage, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    c = start(image, tmp_path, blob_dir=str(tmp_path / "elsewhere"))
+    c.mounted()
+    assert re.search(r"WARNING .*blob [0-9a-f]{64} is not in .*elsewhere \(check --blob-dir\)", c.end()[1])
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_killed_control_is_succeeded(image: MadeImage, tmp_path: Path, on_disk: bool) -> None:
     options = {} if on_disk else {"cache_dir": None}

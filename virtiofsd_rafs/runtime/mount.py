@@ -212,6 +212,11 @@ class Mounter:
         if self._cache_dir is not None and not all(on_disk):
             why = os.strerror(store.stats().last_disk_errno)
             _log.warning("cache directory %s refuses (%s): memory stands in", self._cache_dir, why)
+        if image.blob_dir is not None:
+            for blob in blobs:
+                # Only a warning: the cache may have it all, and the file may be on its way here.
+                if not (image.blob_dir / blob.blob_id).exists():
+                    _log.warning("blob %s is not in %s (check --blob-dir)", blob.blob_id, image.blob_dir)
         bootstrap_fd = seal_bootstrap(image.bootstrap)
         spill_fd = store.share_spill()
         send(self._keeper, MOUNT_BEGIN, MOUNT_INDEX, len(blobs), fds=[bootstrap_fd, spill_fd])
