@@ -54,7 +54,7 @@ def default_cache_dir() -> Path:
 
 def default_api_socket(socket_path: Path) -> Path:
     """Where the API listens when nobody says: beside the vhost-user socket."""
-    return socket_path.with_name(socket_path.name + ".api")
+    return Path(f"{socket_path}.api")
 
 
 def _one_of(*allowed: str) -> Callable[[object, attrs.Attribute[str], str], None]:

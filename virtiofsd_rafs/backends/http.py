@@ -9,6 +9,7 @@ they were written (a re-quoted signed URL has another signature), and neither co
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
@@ -241,9 +242,13 @@ def _translate(error: Exception, where: str) -> BackendError:
     if isinstance(error, TimeoutError):
         return BackendTimeout(f"{where}: no answer in time")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Unreachable(f"{where}: the host name cannot be resolved")
+        return Unreachable(
+            f"{where}: the host name cannot be resolved", remedy="check the image's name and the network"
+        )
     if isinstance(error, aiohttp.ClientConnectorError):
-        return Unreachable(f"{where}: no connection: {error.strerror or error.os_error}")
+        # asyncio puts words of its own, and a Python tuple, where the system's text was.
+        why = os.strerror(error.errno) if error.errno else str(error.os_error)
+        return Unreachable(f"{where}: no connection: {why}", remedy="does the registry run at that address?")
     if isinstance(error, aiohttp.ClientResponseError):
         return BadReply(f"{where}: the server does not speak HTTP as it should")
     if isinstance(error, (aiohttp.InvalidURL, ValueError)):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -24,6 +25,9 @@ _COMMANDS = {
     "inspect": ("virtiofsd_rafs.cli.inspect", "inspect", "Show what an image contains."),
     "check": ("virtiofsd_rafs.cli.check", "check", "Verify an image's structures and digests."),
 }
+
+# What the operating system refused (a full disk, a folder that may not be written) without a better name.
+_SYSTEM_MSGID = "system.error"
 
 
 class _LazyGroup(click.Group):
@@ -51,11 +55,32 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors of this package end with their own exit code and one clear line."""
-    from virtiofsd_rafs.errors import VirtiofsdRafsError
+    """Run the command line; errors of this package and of the system end with one clear line."""
+    from virtiofsd_rafs.errors import LocalError, VirtiofsdRafsError
 
     try:
         cli(auto_envvar_prefix="VIRTIOFSD_RAFS")
     except VirtiofsdRafsError as e:
         print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    except OSError as e:
+        _drop_unwritable_output()
+        where = f"{os.fsdecode(e.filename)}: " if isinstance(e.filename, (str, bytes)) else ""
+        print(f"virtiofsd-rafs: {_SYSTEM_MSGID}: {where}{e.strerror or e}", file=sys.stderr)
+        sys.exit(1)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(f"virtiofsd-rafs: {LocalError.msgid}: please report the lines above", file=sys.stderr)
+        sys.exit(LocalError.exit_code)
+
+
+def _drop_unwritable_output() -> None:
+    """Python flushes stdout once more when it ends: what cannot be written must not change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -10,6 +10,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Somebody looks at the terminal and can try again: long enough for a registry that restarts, no longer.
+ONE_SHOT_DEADLINE_S = 20.0
+
 F = TypeVar("F", bound="Callable[..., object]")
 
 _OPTIONS = (

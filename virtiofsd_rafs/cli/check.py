@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from virtiofsd_rafs.cli._image_options import image_options
+from virtiofsd_rafs.cli._image_options import ONE_SHOT_DEADLINE_S, image_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +54,7 @@ def check(
             plain_http=plain_http,
             ca_file=ca_file,
             metadata_only=metadata_only,
+            deadline=ONE_SHOT_DEADLINE_S,
         )
     )
     _print(report, as_json=as_json)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from virtiofsd_rafs.cli._image_options import image_options
+from virtiofsd_rafs.cli._image_options import ONE_SHOT_DEADLINE_S, image_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -55,6 +55,7 @@ def inspect(
             pull=pull,
             plain_http=plain_http,
             ca_file=ca_file,
+            deadline=ONE_SHOT_DEADLINE_S,
         )
     )
     tree = Tree.parse(resolved.bootstrap)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from virtiofsd_rafs.cli._image_options import ONE_SHOT_DEADLINE_S
+
 
 @click.command()
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -34,6 +36,7 @@ def push(out: Path, reference: str, plain_http: bool, ca_file: Path | None) -> N
             reference,
             plain_http=plain_http,
             ca_file=ca_file,
+            deadline=ONE_SHOT_DEADLINE_S,
             progress=lambda line: click.echo(line, err=True),
         )
     )

@@ -20,6 +20,8 @@ from virtiofsd_rafs.config import (
 )
 
 _PATH = click.Path(path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command()
@@ -27,11 +29,15 @@ _PATH = click.Path(path_type=Path)
 @click.option("--socket-path", type=_PATH, required=True, help="Bind the vhost-user socket here.")
 @click.option("--api-socket", type=_PATH, help="Bind the API's socket here.  [default: SOCKET_PATH.api]")
 @click.option(
-    "--cache-dir", type=_PATH, default=default_cache_dir, show_default=True, help="Keep blobs here."
+    "--cache-dir",
+    type=_PATH,
+    default=default_cache_dir,
+    show_default="/var/cache/virtiofsd-rafs for root, ~/.cache/virtiofsd-rafs for others",
+    help="Keep blobs here.",
 )
 @click.option("--no-cache", is_flag=True, help="Use no disk: bounded memory instead.")
 @click.option(
-    "--blob-dir", type=_PATH, help="Read blobs from this directory (IMAGE is a bootstrap file then)."
+    "--blob-dir", type=_FOLDER, help="Read blobs from this directory (IMAGE is a bootstrap file then)."
 )
 @click.option(
     "--pull",
@@ -41,7 +47,7 @@ _PATH = click.Path(path_type=Path)
     help="When to ask the registry what a tag means: missing starts a known tag without asking.",
 )
 @click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
-@click.option("--ca-file", type=_PATH, help="Trust the certificates in this PEM file.")
+@click.option("--ca-file", type=_FILE, help="Trust the certificates in this PEM file.")
 @click.option(
     "--allow-unverified", is_flag=True, help="Serve images that lack digests for some of their data."
 )

@@ -186,8 +186,11 @@ async def check_image(
     plain_http: bool = False,
     ca_file: Path | None = None,
     metadata_only: bool = False,
+    deadline: float = _DEADLINE_S,
 ) -> None:
     """Checks the image that *image* names (see resolve_image), its blobs too unless *metadata_only*.
+
+    *deadline* is how long a registry that is away is waited for, in seconds.
 
     The blobs of a bootstrap file are looked for beside it unless *blob_dir* is given; only then it is an
     error when one is missing. Raises what resolve_image and the back-ends raise; faults of the image go to
@@ -197,7 +200,13 @@ async def check_image(
     from virtiofsd_rafs.image.resolve import resolve_image
 
     resolved = await resolve_image(
-        image, cache_dir=cache_dir, blob_dir=blob_dir, pull=pull, plain_http=plain_http, ca_file=ca_file
+        image,
+        cache_dir=cache_dir,
+        blob_dir=blob_dir,
+        pull=pull,
+        plain_http=plain_http,
+        ca_file=ca_file,
+        deadline=deadline,
     )
     opened = check_bootstrap(resolved.bootstrap, report)
     if opened is None or metadata_only:
