@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from guest.daemon import Daemon
+from guest.daemon import BackEnd, Daemon
 from guest.kit import Kernel, kernel_command_line, make_kit
 from guest.qemu import Guest, GuestError, Machine
 from guest.registry import free_port
@@ -27,7 +27,7 @@ class Boot:
         name: how the report calls it.
         started: when the daemon was started (``time.monotonic()``).
         times: event name to time, in the order in which they happened.
-        status: the daemon's status right after the first HTTP answer.
+        status: what the back-end told about itself right after the first HTTP answer.
     """
 
     name: str
@@ -62,6 +62,7 @@ def boot(
     memory: int = 512,
     timeout: float = 300,
     note: Callable[[str], None] = lambda _: None,
+    back_end: Callable[[str, Path, Path, Sequence[str]], BackEnd] = Daemon,
 ) -> Boot:
     """Serves *image*, boots a guest from it, waits for HTTP 200, and ends both.
 
@@ -75,9 +76,10 @@ def boot(
         memory: of the guest, MiB.
         timeout: seconds for the whole boot.
         note: gets a text about what is going on, several times per second.
+        back_end: starts what serves the image, given the image, a folder for sockets, a log and *options*.
 
     Raises:
-        DaemonError: the daemon did not start, ended early, or did not end when its VM had gone.
+        DaemonError: the back-end did not start, ended early, or did not end when its VM had gone.
         GuestError: the guest did not come up.
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def boot(
         work = Path(tmp)
         port = free_port()
         kit = make_kit(work / "kit.img", kernel, "serve")
-        with Daemon(image, work, logs / f"{name}-daemon.log", options) as daemon:
+        with back_end(image, work, logs / f"{name}-daemon.log", options) as daemon:
             times = {"daemon ready": daemon.wait_ready() - daemon.started}
             machine = Machine(
                 kernel=kernel.image,
@@ -110,7 +112,7 @@ def boot(
                 guest.wait(30)
             code = daemon.wait_end()
             if code:
-                raise daemon.failure(f"virtiofsd-rafs ended with exit code {code}")
+                raise daemon.failure(f"{daemon.name} ended with exit code {code}")
     for event, milestone in (("first exec", "init"), ("network up", "up"), ("server starts", "starts")):
         if milestone in found:
             times[event] = found[milestone] - daemon.started
@@ -119,7 +121,7 @@ def boot(
 
 
 def _wait_http(
-    guest: Guest, daemon: Daemon, port: int, deadline: float, note: Callable[[str], None]
+    guest: Guest, daemon: BackEnd, port: int, deadline: float, note: Callable[[str], None]
 ) -> float:
     """Asks until the guest's server answers with 200; the time of that."""
     last = None
@@ -127,7 +129,7 @@ def _wait_http(
         if guest.process.poll() is not None:
             raise GuestError(f"QEMU ended with exit code {guest.process.returncode}:\n{guest.console()}")
         if daemon.process.poll() is not None:
-            raise daemon.failure(f"virtiofsd-rafs ended with exit code {daemon.process.returncode}")
+            raise daemon.failure(f"{daemon.name} ended with exit code {daemon.process.returncode}")
         seen = guest.milestones()
         note(f"guest: {next(reversed(seen), 'kernel')}")
         if "job-ended" in seen:

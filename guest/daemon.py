@@ -1,4 +1,4 @@
-"""``virtiofsd-rafs serve`` as a child process: started, waited for, asked for its status, ended."""
+"""A vhost-user back-end as a child process: started, waited for, asked for its status, ended."""
 
 from __future__ import annotations
 
@@ -23,25 +23,19 @@ class DaemonError(Exception):
     """The daemon did not start, ended, or does not answer. The text has the end of its log."""
 
 
-class Daemon:
-    """A running daemon. A context manager: leaving it ends the daemon.
+class BackEnd:
+    """A running back-end. A context manager: leaving it ends the process.
 
     Args:
-        image: what to serve.
-        work_dir: its sockets go here (keep the path short: a socket's is at most 107 bytes long).
+        argv: program and arguments; they make it listen on *socket*.
+        socket: where a VMM finds it (at most 107 bytes long, as all sockets' paths).
         log: file that gets its output.
-        options: further arguments of ``serve``.
     """
 
-    def __init__(self, image: str, work_dir: Path, log: Path, options: Sequence[str] = ()) -> None:
-        self.socket = work_dir / "rafs.sock"
-        self.api_socket = work_dir / "api.sock"
+    def __init__(self, argv: Sequence[str | Path], socket: Path, log: Path) -> None:
+        self.name = Path(argv[0]).name
+        self.socket = socket
         self.log = log
-        argv = [
-            *(str(PROGRAM), "serve", image),
-            *("--socket-path", str(self.socket), "--api-socket", str(self.api_socket)),
-            *options,
-        ]
         self.started = time.monotonic()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -68,11 +62,60 @@ class Daemon:
         deadline = time.monotonic() + timeout
         while not self.socket.exists():
             if self.process.poll() is not None:
-                raise self.failure(f"virtiofsd-rafs ended with exit code {self.process.returncode}")
+                raise self.failure(f"{self.name} ended with exit code {self.process.returncode}")
             if time.monotonic() > deadline:
-                raise self.failure(f"virtiofsd-rafs did not bind its socket within {timeout:g} s")
+                raise self.failure(f"{self.name} did not bind its socket within {timeout:g} s")
             time.sleep(0.002)
         return time.monotonic()
+
+    def status(self) -> dict[str, Any]:
+        """What it tells about itself; nothing, unless a kind of back-end knows better."""
+        return {}
+
+    def wait_end(self, timeout: float = 30) -> int:
+        """Waits until it has ended by itself, as its VM has gone; its exit code.
+
+        Raises:
+            DaemonError: it goes on.
+        """
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise self.failure(f"{self.name} still runs {timeout:g} s after the VM has gone") from None
+
+    def stop(self, timeout: float = 10) -> None:
+        """Ends it, by SIGKILL if SIGTERM does not help within *timeout* seconds."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+
+class Daemon(BackEnd):
+    """``virtiofsd-rafs serve``.
+
+    Args:
+        image: what to serve.
+        work_dir: its sockets go here (keep the path short).
+        log: file that gets its output.
+        options: further arguments of ``serve``.
+        program: another build of it.
+    """
+
+    def __init__(
+        self, image: str, work_dir: Path, log: Path, options: Sequence[str] = (), *, program: Path = PROGRAM
+    ) -> None:
+        self.api_socket = work_dir / "api.sock"
+        socket = work_dir / "rafs.sock"
+        argv = [
+            *(str(program), "serve", image),
+            *("--socket-path", str(socket), "--api-socket", str(self.api_socket)),
+            *options,
+        ]
+        super().__init__(argv, socket, log)
 
     def status(self) -> dict[str, Any]:
         """The daemon's status, as ``virtiofsd-rafs status --json`` prints it.
@@ -84,24 +127,3 @@ class Daemon:
             return fetch_status(self.api_socket)
         except BackendError as error:
             raise self.failure(str(error)) from error
-
-    def wait_end(self, timeout: float = 30) -> int:
-        """Waits until the daemon has ended by itself; its exit code.
-
-        Raises:
-            DaemonError: it goes on.
-        """
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise self.failure(f"virtiofsd-rafs still runs {timeout:g} s after the VM has gone") from None
-
-    def stop(self, timeout: float = 10) -> None:
-        """Ends the daemon, by SIGKILL if SIGTERM does not help within *timeout* seconds."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        self.process.wait()

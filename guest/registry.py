@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# A line of the access log: the answer's status and length behind the quoted request.
-_ANSWER = re.compile(rb'"(?:GET|HEAD) /v2/[^"]+" (\d{3}) (\d+) ')
+# A line of the access log: the path in the quoted request, behind it the answer's status and length.
+_ANSWER = re.compile(rb'"(?:GET|HEAD) (/v2/[^" ]+)[^"]*" (\d{3}) (\d+) ')
 
 
 @attrs.frozen
@@ -30,6 +30,12 @@ class Traffic:
 
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(self.requests - earlier.requests, self.bytes - earlier.bytes)
+
+
+def read_log(log: bytes, digest: str = "") -> Traffic:
+    """What the access log *log* tells: everything that was read, or only what had *digest* in its path."""
+    lengths = [int(length) for path, _, length in _ANSWER.findall(log) if digest.encode() in path]
+    return Traffic(len(lengths), sum(lengths))
 
 
 def free_port() -> int:
@@ -101,10 +107,9 @@ class Registry:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def traffic(self) -> Traffic:
-        """Everything that was read from it so far, by its own account."""
-        answers = _ANSWER.findall(self.log.read_bytes())
-        return Traffic(len(answers), sum(int(length) for _, length in answers))
+    def traffic(self, digest: str = "") -> Traffic:
+        """What was read from it so far, by its own account; see :func:`read_log`."""
+        return read_log(self.log.read_bytes(), digest)
 
     def close(self) -> None:
         """Ends the registry; its content stays."""

@@ -31,11 +31,14 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def fetch_status(api_socket: Path) -> dict[str, Any]:
-    """The status of the daemon that listens at *api_socket*. Raises Unreachable, BadReply."""
+def fetch_status(api_socket: Path, path: str = "/api/v1/status") -> dict[str, Any]:
+    """The status of the daemon that listens at *api_socket*, or what it answers to another *path*.
+
+    Raises Unreachable, BadReply.
+    """
     connection = _UnixConnection(api_socket)
     try:
-        connection.request("GET", "/api/v1/status")
+        connection.request("GET", path)
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as e:
