@@ -1,1 +1,1 @@
-"""Benchmarks against peers, through the front-end without a VM: see ``scripts/bench --help``."""
+"""Benchmarks of the daemon and its peers: see ``scripts/bench --help``."""

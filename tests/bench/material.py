@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-import subprocess
+import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tests.bench.sides import OWN_PROGRAM, Material
+import attrs
+
+from tests.sim.registry import RegistrySimulator
+from virtiofsd_rafs.image.build import build_image
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 N_SMALL = 3000
 N_LARGE = 8
 LARGE_SIZE = 24 << 20
+REPOSITORY = "bench/image"
+
+
+@attrs.frozen
+class Material:
+    """A tree and the image that was built from it."""
+
+    tree: Path
+    image: Path
+    """The folder that ``build`` wrote: bootstrap and blob."""
+
+    @property
+    def bootstrap(self) -> Path:
+        return self.image / "image.boot"
+
+    @property
+    def blob_id(self) -> str:
+        """SHA-256 of its only blob, which is its name."""
+        (blob,) = (path.name for path in self.image.iterdir() if len(path.name) == 64)
+        return blob
 
 
 def make_tree(root: Path) -> None:
@@ -37,14 +63,35 @@ def make_tree(root: Path) -> None:
         (root / f"large{i}").write_bytes(content(LARGE_SIZE))
 
 
-def prepare(work: Path, tree: Path | None) -> Material:
-    """The material in *work*: made when it is not there yet, the image built from the tree."""
+def prepare(work: Path, tree: Path | None = None) -> Material:
+    """The material below *work*: made when it is not there yet, the image built from the tree."""
     if tree is None:
         tree = work / "tree"
         if not (tree / "complete").exists():
+            shutil.rmtree(tree, ignore_errors=True)
             make_tree(tree)
             (tree / "complete").touch()
-    image = work / "image"
-    if not (image / "image.boot").exists():
-        subprocess.run([OWN_PROGRAM, "build", str(tree), "-o", str(image)], check=True)
-    return Material(tree, image / "image.boot", image)
+    return Material(tree, built(tree, work / f"image-{hashlib.sha256(bytes(tree)).hexdigest()[:8]}"))
+
+
+def built(tree: Path, out: Path) -> Path:
+    """The image of *tree* in the folder *out*, built if missing: a tree that changed needs another."""
+    if not out.exists():
+        making = out.with_suffix(".making")
+        shutil.rmtree(making, ignore_errors=True)
+        build_image(tree, making)
+        making.rename(out)
+    return out
+
+
+@contextmanager
+def in_registry(material: Material) -> Iterator[RegistrySimulator]:
+    """A simulated registry that holds the image as ``bench/image:1``."""
+    with RegistrySimulator() as sim:
+        sim.store.add_build(REPOSITORY, "1", material.image)
+        yield sim
+
+
+def reference(sim: RegistrySimulator) -> str:
+    """What ``serve`` takes for the image in *sim*."""
+    return f"{sim.host}/{REPOSITORY}:1"

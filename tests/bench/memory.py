@@ -1,0 +1,94 @@
+"""Memory of the idle processes after a read trace like a boot's."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+import click
+
+from guest.daemon import BackEnd, Daemon
+from tests.bench import peers, processes, sides
+from tests.bench.figures import print_table, write_json
+from tests.bench.material import REPOSITORY, Material, in_registry, prepare, reference
+from tests.bench.options import json_option, nydusd_option, virtiofsd_option, work_option
+from tests.bench.trace import boot_like, file_sizes, replay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.sim.registry import RegistrySimulator
+
+
+def measured(name: str, back_end: BackEnd, idle_s: float) -> tuple[list[processes.Memory], int]:
+    """Memory of the processes after *idle_s* of rest, and how many bytes were read before."""
+    with sides.start(name, back_end) as side:
+        tree = side.fe.read_tree(content=False, xattrs=False)
+        total = replay(side.fe, tree, boot_like(file_sizes(tree)))
+        time.sleep(idle_s)
+        return processes.memory(side.pid), total
+
+
+def starters(
+    material: Material, sim: RegistrySimulator, folder: Path, virtiofsd: str | None, nydusd: str | None
+) -> dict[str, Callable[[], BackEnd]]:
+    """How each side is started; a second start finds the cache of the first."""
+    options = ["--plain-http", "--cache-dir", str(folder / "cache"), "--log-level", "warning"]
+    found: dict[str, Callable[[], BackEnd]] = {
+        "rafs": lambda: Daemon(reference(sim), folder, folder / "log", options)
+    }
+    if nydusd is not None:
+        blobs = peers.registry(sim.host, REPOSITORY)
+        found["nydusd"] = lambda: peers.Nydusd(
+            nydusd, material.bootstrap, blobs, folder / "n", folder / "n" / "cache"
+        )
+    if virtiofsd is not None:
+        found["virtiofsd"] = lambda: peers.Virtiofsd(virtiofsd, material.tree, folder / "v")
+    return found
+
+
+@click.command()
+@virtiofsd_option
+@nydusd_option
+@click.option("--dir", "tree", type=click.Path(path_type=Path, exists=True), help="Serve this tree.")
+@click.option("--idle", default=10.0, show_default=True, help="Seconds of rest before measuring.")
+@work_option
+@json_option
+def memory(
+    virtiofsd: str | None,
+    nydusd: str | None,
+    tree: Path | None,
+    idle: float,
+    work: Path,
+    json_path: Path | None,
+) -> None:
+    """PSS of each process, idle after reads, image in a registry.
+
+    All names and attributes are read and about every seventh file, once with an empty cache, once after a
+    restart with a warm one. "shared" is the part in shared memory: pages of the guest that a process has
+    touched, which belong to the VMM as well, and tables in memfds. In MiB.
+    """
+    material = prepare(work, tree.resolve() if tree else None)
+    results: list[dict[str, object]] = []
+    rows: list[list[object]] = []
+    with in_registry(material) as sim, tempfile.TemporaryDirectory(prefix="vr-") as tmp:
+        for name, start in starters(material, sim, Path(tmp), virtiofsd, nydusd).items():
+            for state in ("cold", "warm"):
+                found, total = measured(name, start(), idle)
+                whole = processes.Memory("together", sum(m.pss for m in found), sum(m.shared for m in found))
+                for each in [*found, *([whole] if len(found) > 1 else [])]:
+                    parts = [kib / 1024 for kib in (each.pss, each.shared, each.own)]
+                    rows.append([name, state, each.name if len(found) > 1 else name, *parts])
+                results.append(
+                    {
+                        "side": name,
+                        "cache": state,
+                        "read_bytes": total,
+                        "kib": [attrs.asdict(m) for m in found],
+                    }
+                )
+    print_table(["side", "cache", "process", "PSS", "shared", "without"], rows)
+    write_json(json_path, results)
