@@ -181,6 +181,7 @@ def test_memory_stands_in_when_the_disk_is_full(start: Callable[..., Served], sm
         served.check_ring()
         served.fe.close()
         served.daemon.stop()
+        assert served.daemon.log.read_text().count("the cache disk refuses (No space left on device)") == 1
     finally:
         subprocess.run(["umount", "-l", small_disk], check=True)
 

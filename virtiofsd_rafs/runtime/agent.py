@@ -81,6 +81,8 @@ class Agent:
         self._source = source
         self._io_deadline_s = config.io_deadline_s
         self._metrics = metrics
+        # What the disk refused when the files were opened was told then.
+        self._disk_trouble_told = store.stats().disk_errors > 0
         chunks = {index: store.chunks(index) for index in blob_ids}
         amplify = config.amplify
         if not all(view.has_data for view in chunks.values()):
@@ -242,6 +244,7 @@ class Agent:
             n_bytes = fetch.length
             outcomes = await self._run(ingest)
             del ingest
+            self._tell_disk_trouble()
             bad = self._judge(fetch, outcomes)
             result = OUTCOME_NAMES[next((o for o in outcomes if o != OK), OK)]
             told = True
@@ -271,6 +274,18 @@ class Agent:
         if len(data) != fetch.length:
             raise BadReply(f"{len(data)} bytes came instead of {fetch.length}")
         return data
+
+    def _tell_disk_trouble(self) -> None:
+        """Once, and not per chunk: a full disk refuses them all."""
+        if self._disk_trouble_told:
+            return
+        stats = self._store.stats()
+        if stats.disk_errors:
+            self._disk_trouble_told = True
+            _log.warning(
+                "the cache disk refuses (%s): memory stands in; make room there, or use another --cache-dir",
+                os.strerror(stats.last_disk_errno),
+            )
 
     def _judge(self, fetch: Fetch, outcomes: bytes) -> list[int]:
         """The chunks whose bytes were not kept."""
