@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 
 import pytest
 
@@ -166,6 +167,20 @@ def test_it_ends_with_its_vm(start) -> None:
     served: Served = start()
     served.fe.close()
     assert served.daemon.wait_end() == 0
+
+
+def test_a_second_daemon_at_the_same_socket_does_no_harm(made_image, registry_sim, short_dir) -> None:
+    """It finds out by connecting that the socket is taken; that is no VM that came and went."""
+    registry_sim.store.add_build("app", "1", made_image.out)
+    with run_daemon(registry_sim, short_dir) as daemon:
+        command = [*daemon.process.args[:3], "--socket-path", str(daemon.socket), "--no-cache"]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 5
+        assert "another process listens there" in second.stderr
+        with Frontend.connect(daemon.socket) as fe:
+            fe.start()
+            assert fe.init().major == 7
+        assert daemon.wait_end() == 0
 
 
 def test_keep_listens_again(made_image, registry_sim, short_dir) -> None:

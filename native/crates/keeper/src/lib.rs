@@ -69,6 +69,8 @@ struct Connection {
     fd: RawFd,
     /// Since when a message has been incomplete.
     partial_ns: Option<u64>,
+    /// Whether anything has come from it.
+    spoke: bool,
 }
 
 /// The keeper of one daemon.
@@ -316,6 +318,7 @@ impl Keeper {
             handler,
             fd,
             partial_ns: None,
+            spoke: false,
         });
         let record = self.shared.record();
         record.connected_ns.store(now_ns(), Ordering::Relaxed);
@@ -329,8 +332,12 @@ impl Keeper {
             return;
         };
         match message_state(connection.fd) {
-            MessageState::Complete => connection.partial_ns = None,
+            MessageState::Complete => {
+                connection.partial_ns = None;
+                connection.spoke = true;
+            }
             MessageState::Partial => {
+                connection.spoke = true;
                 let since = *connection.partial_ns.get_or_insert_with(now_ns);
                 if now_ns().saturating_sub(since) > PARTIAL_MESSAGE_NS {
                     eprintln!(
@@ -364,14 +371,15 @@ impl Keeper {
     }
 
     fn frontend_gone(&mut self) {
-        self.connection = None;
+        // Somebody who only looked whether anybody listens here, such as a second daemon, was no VMM: it ends nothing.
+        let was_vmm = self.connection.take().is_some_and(|c| c.spoke);
         self.shared
             .record()
             .frontend_connected
             .store(0, Ordering::Relaxed);
         self.device().reset_all();
         self.tell_control(mount_table::frontend(false));
-        if !self.options.keep {
+        if was_vmm && !self.options.keep {
             self.exit_code = Some(0);
         }
     }
