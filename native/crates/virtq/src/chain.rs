@@ -21,7 +21,7 @@ pub enum ChainError {
 }
 
 /// Linux builds at most 1024-entry tables; a descriptor may straddle regions, hence some room.
-const MAX_SEGMENTS: usize = 4096;
+pub(crate) const MAX_SEGMENTS: usize = 4096;
 
 /// Readable and writable segments of a chain. Reused from request to request: `clear` keeps the capacity.
 #[derive(Default)]

@@ -7,6 +7,10 @@
 mod chain;
 mod memory;
 mod ring;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{Chain, ChainError, Segment};
 pub use memory::{GuestMemory, RegionSpec};

@@ -19,8 +19,16 @@ pub struct RegionSpec {
 impl RegionSpec {
     /// Whether `self` and `other` share guest physical addresses.
     pub fn overlaps(&self, other: &RegionSpec) -> bool {
-        self.guest_addr < other.guest_addr + other.size
-            && other.guest_addr < self.guest_addr + self.size
+        self.guest_addr < other.guest_addr.saturating_add(other.size)
+            && other.guest_addr < self.guest_addr.saturating_add(self.size)
+    }
+
+    /// Whether it is empty, or its end is no address.
+    pub fn is_absurd(&self) -> bool {
+        self.size == 0
+            || [self.guest_addr, self.user_addr, self.mmap_offset]
+                .iter()
+                .any(|start| start.checked_add(self.size).is_none())
     }
 }
 
@@ -56,10 +64,7 @@ impl GuestMemory {
                 format!("memory region: {what}"),
             )
         };
-        if spec.size == 0
-            || spec.guest_addr.checked_add(spec.size).is_none()
-            || spec.user_addr.checked_add(spec.size).is_none()
-        {
+        if spec.is_absurd() {
             return Err(invalid("size is zero or the end overflows"));
         }
         if self.regions.iter().any(|r| r.spec.overlaps(&spec)) {

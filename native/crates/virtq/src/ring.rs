@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use crate::chain::{Chain, ChainError};
+use crate::chain::{Chain, ChainError, MAX_SEGMENTS};
 use crate::memory::GuestMemory;
 
 const DESC_F_NEXT: u16 = 1;
@@ -77,13 +77,18 @@ impl Vring {
             return Err(RingError::BadAddress);
         }
         let n = u64::from(size);
-        let part = |addr, len| mem.translate_user(addr, len).ok_or(RingError::BadAddress);
+        // The mapping decides about alignment in the end: a region's address need not be one of a page.
+        let part = |addr, len, align| {
+            mem.translate_user(addr, len)
+                .filter(|host| *host as usize % align == 0)
+                .ok_or(RingError::BadAddress)
+        };
         let mut ring = Vring {
             size,
             event_idx,
-            desc: part(at.desc, 16 * n)?,
-            avail: part(at.avail, 6 + 2 * n)?,
-            used: part(at.used, 6 + 8 * n)?,
+            desc: part(at.desc, 16 * n, 16)?,
+            avail: part(at.avail, 6 + 2 * n, 2)?,
+            used: part(at.used, 6 + 8 * n, 4)?,
             next_avail,
             seen_avail: next_avail,
             next_used: 0,
@@ -130,17 +135,18 @@ impl Vring {
     /// Takes the next head, `None` when the driver has offered nothing more.
     pub fn take(&mut self) -> Result<Option<u16>, RingError> {
         if self.next_avail == self.seen_avail {
-            self.seen_avail = self.avail_word(2).load(Ordering::Acquire);
-            let offered = self.seen_avail.wrapping_sub(self.next_avail);
+            let avail = u16::from_le(self.avail_word(2).load(Ordering::Acquire));
+            let offered = avail.wrapping_sub(self.next_avail);
             if offered == 0 {
                 return Ok(None);
             }
             if offered > self.size {
                 return Err(RingError::BadAvail);
             }
+            self.seen_avail = avail;
         }
         let slot = usize::from(self.next_avail & (self.size - 1));
-        let head = self.avail_word(4 + 2 * slot).load(Ordering::Relaxed);
+        let head = u16::from_le(self.avail_word(4 + 2 * slot).load(Ordering::Relaxed));
         if head >= self.size {
             return Err(RingError::BadAvail);
         }
@@ -195,7 +201,8 @@ impl Vring {
             return Err(ChainError::BadIndirect);
         }
         let mut index = 0u32;
-        for _ in 0..entries {
+        // Empty descriptors make no segment: the steps are bounded too, or one head could cost a millisecond.
+        for _ in 0..entries.min(MAX_SEGMENTS as u32) {
             if index >= entries {
                 return Err(ChainError::BadIndex);
             }
@@ -222,7 +229,11 @@ impl Vring {
             }
             index = u32::from(u16::from_le(d.next));
         }
-        Err(ChainError::BadIndex)
+        Err(if entries as usize > MAX_SEGMENTS {
+            ChainError::TooLong
+        } else {
+            ChainError::BadIndex
+        })
     }
 
     /// Writes one used entry; the driver sees it only after [`Vring::publish`].
