@@ -22,7 +22,7 @@ impl Random {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -31,12 +31,12 @@ impl Random {
 
     /// A number below `n`, which is not 0.
     pub fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
+        (self.draw() >> 11) % n
     }
 
     pub fn fill(&mut self, out: &mut [u8]) {
         for byte in out {
-            *byte = (self.next() >> 32) as u8;
+            *byte = (self.draw() >> 32) as u8;
         }
     }
 }
