@@ -53,7 +53,7 @@ pub struct Outstanding {
     pub head: u16,
     /// Order in which heads were taken.
     pub counter: u64,
-    /// When it was taken first, CLOCK_MONOTONIC.
+    /// When it was taken first, CLOCK_MONOTONIC; 0 when the ring has been stopped since.
     pub taken_ns: u64,
     /// It was being served at `CRASH_LIMIT` crashes in a row.
     pub poisonous: bool,
@@ -74,10 +74,23 @@ impl QueueLog {
         self.used_idx.store(used_idx, Ordering::SeqCst);
     }
 
+    /// Forgets that it belonged to any ring: whoever takes it over starts anew. For the keeper, which knows that a
+    /// driver has gone before a worker has seen the new one's ring.
+    pub fn disown(&self) {
+        self.desc_num.store(0, Ordering::Relaxed);
+        for slot in &self.slots {
+            slot.inflight.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the log belongs to a ring of `size`, as far as can be told without the ring.
+    pub fn belongs_to(&self, size: u16) -> bool {
+        self.desc_num.load(Ordering::Relaxed) == size
+    }
+
     /// Whether the log belongs to a ring of `size` whose used index is `used_idx` or one batch further.
     pub fn fits(&self, size: u16, used_idx: u16) -> bool {
-        self.desc_num.load(Ordering::Relaxed) == size
-            && used_idx.wrapping_sub(self.used_idx.load(Ordering::SeqCst)) <= size
+        self.belongs_to(size) && used_idx.wrapping_sub(self.used_idx.load(Ordering::SeqCst)) <= size
     }
 
     /// The used index that the log knows.
@@ -159,6 +172,29 @@ impl QueueLog {
         }
     }
 
+    /// Nothing that is in flight has been touched since the last crash: heads that nobody gets to before the next one
+    /// are not blamed for it.
+    pub fn requeue(&self) {
+        for slot in &self.slots {
+            if slot.inflight.load(Ordering::Acquire) != 0 {
+                slot.phase.store(PHASE_QUEUED, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The ring is stopped: while the machine stands still no deadline comes nearer. Heads that go on later count from
+    /// then.
+    pub fn stop_clocks(&self) {
+        for taken in &self.first_taken_ns {
+            taken.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes since when `head` waits.
+    pub fn set_taken(&self, head: u16, now_ns: u64) {
+        self.first_taken_ns[usize::from(head) % MAX_QUEUE_SIZE].store(now_ns, Ordering::Relaxed);
+    }
+
     /// The heads that are in flight, in the order in which they were taken, into `out`.
     pub fn outstanding(&self, size: u16, out: &mut Vec<Outstanding>) {
         out.clear();
@@ -205,73 +241,5 @@ impl QueueLog {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn new_log() -> Box<QueueLog> {
-        // SAFETY: every field is an atomic integer, for which all-zero bytes are valid.
-        Box::new(unsafe { std::mem::zeroed() })
-    }
-
-    fn heads(log: &QueueLog) -> Vec<u16> {
-        let mut out = Vec::new();
-        log.outstanding(64, &mut out);
-        out.iter().map(|o| o.head).collect()
-    }
-
-    #[test]
-    fn a_published_batch_is_finished_by_repair() {
-        let log = new_log();
-        log.reset(64, 10, 10);
-        for head in [3, 7, 5] {
-            assert!(log.log(head, 1));
-        }
-        log.link(7, 0);
-        log.link(3, 7);
-        log.note_batch(3);
-        // The worker dies after used.idx went from 10 to 12.
-        log.repair(12);
-        assert_eq!(heads(&log), [5]);
-        assert_eq!(log.used_idx(), 12);
-    }
-
-    #[test]
-    fn an_unpublished_batch_is_served_again_in_order() {
-        let log = new_log();
-        log.reset(64, 0, 0);
-        for head in [9, 1, 4] {
-            assert!(log.log(head, 1));
-        }
-        log.link(1, 0);
-        log.note_batch(1);
-        log.repair(0);
-        assert_eq!(heads(&log), [9, 1, 4]);
-    }
-
-    #[test]
-    fn three_crashes_in_a_row_poison_only_what_was_served() {
-        let log = new_log();
-        log.reset(64, 0, 0);
-        log.log(1, 1);
-        log.set_phase(1, PHASE_SERVING);
-        log.log(2, 1);
-        log.set_phase(2, PHASE_PARKED);
-        for _ in 0..3 {
-            log.count_crash();
-        }
-        let mut out = Vec::new();
-        log.outstanding(64, &mut out);
-        assert_eq!(
-            out.iter().map(|o| o.poisonous).collect::<Vec<_>>(),
-            [true, false]
-        );
-    }
-
-    #[test]
-    fn a_head_cannot_be_taken_twice() {
-        let log = new_log();
-        log.reset(8, 0, 0);
-        assert!(log.log(1, 1));
-        assert!(!log.log(1, 2));
-    }
-}
+#[path = "inflight_tests.rs"]
+mod tests;
