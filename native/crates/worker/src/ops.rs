@@ -23,6 +23,8 @@ const PATH_MAX: usize = 4096;
 const XATTR_NAME_MAX: usize = 255;
 /// The kernel's limit for one value or one list.
 const XATTR_SIZE_MAX: usize = 65536;
+/// Bytes of one answer to READDIR, whatever buffer the driver offers: it asks again for the rest.
+const READDIR_MAX: usize = 1 << 20;
 
 /// What INIT agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,7 +262,7 @@ fn readdir(
         return Err(Errno(libc::ENOTDIR));
     }
     let asked = ReadIn::parse(args).ok_or(Errno(libc::EINVAL))?;
-    let limit = out.len() + room.min(asked.size as usize);
+    let limit = out.len() + room.min(asked.size as usize).min(READDIR_MAX);
     for item in tree.entries(&dir, asked.offset) {
         let entry = item?;
         let len = reply::dirent_len(entry.name.len()) + if plus { reply::ENTRY_OUT_LEN } else { 0 };

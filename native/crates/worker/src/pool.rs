@@ -25,6 +25,10 @@ pub struct Ticket {
     pub head: u16,
 }
 
+fn bytes_of(pieces: &[Piece]) -> usize {
+    pieces.iter().map(|p| p.len as usize).sum()
+}
+
 /// A read on its way.
 pub struct Job {
     pub thread: usize,
@@ -47,6 +51,10 @@ pub struct Finished {
 #[derive(Default)]
 struct State {
     jobs: std::collections::VecDeque<Job>,
+    /// Pieces of all jobs that wait.
+    pieces: usize,
+    /// Bytes of all reads that have begun and were not taken back by a ring thread.
+    bytes: usize,
     idle: usize,
     running: usize,
 }
@@ -61,6 +69,10 @@ pub struct Pool {
 
 /// Disks profit from a few reads at a time; more threads would only cost memory.
 const MAX_THREADS: usize = 4;
+/// Memory for reads that have begun, in bytes; one read may be larger. A guest decides how much it asks for at once.
+const MAX_BYTES: usize = 16 << 20;
+/// Pieces that may wait: a few MiB. A driver that asks for more in smallest chunks has to be patient.
+const MAX_PIECES: usize = 1 << 16;
 
 fn eventfd() -> RawFd {
     // SAFETY: plain system call. A failure (-1) shows as an epoll error in the ring thread.
@@ -83,10 +95,12 @@ impl Pool {
         self.events[thread]
     }
 
-    /// Hands a read over.
-    pub fn submit(&'static self, job: Job) {
+    /// Hands a read over; false when too much waits already: try again later.
+    pub fn submit(&'static self, job: Job) -> bool {
         let mut state = self.lock();
-        state.jobs.push_back(job);
+        if state.pieces > 0 && state.pieces + job.pieces.len() > MAX_PIECES {
+            return false;
+        }
         if state.idle == 0 && state.running < MAX_THREADS {
             let spawned = std::thread::Builder::new()
                 .name("rafs-pool".into())
@@ -94,19 +108,57 @@ impl Pool {
                 .spawn(move || self.work());
             if spawned.is_ok() {
                 state.running += 1;
+            } else if state.running == 0 {
+                return false;
             }
         }
+        state.pieces += job.pieces.len();
+        state.jobs.push_back(job);
         drop(state);
         self.available.notify_one();
+        true
     }
 
     /// Reads of `thread` that have ended.
     pub fn take_finished(&self, thread: usize) -> Vec<Finished> {
-        std::mem::take(
+        let finished = std::mem::take(
             &mut *self.finished[thread]
                 .lock()
                 .unwrap_or_else(|e| e.into_inner()),
-        )
+        );
+        if !finished.is_empty() {
+            self.lock().bytes -= finished.iter().map(|f| bytes_of(&f.pieces)).sum::<usize>();
+            self.available.notify_all();
+        }
+        finished
+    }
+
+    /// The next job that memory is left for.
+    fn next_job(&self) -> Job {
+        let mut state = self.lock();
+        loop {
+            let next = state.jobs.front().map(|job| bytes_of(&job.pieces));
+            if let Some(bytes) = next.filter(|n| state.bytes == 0 || state.bytes + n <= MAX_BYTES) {
+                if let Some(job) = state.jobs.pop_front() {
+                    state.bytes += bytes;
+                    state.pieces -= job.pieces.len();
+                    return job;
+                }
+            }
+            state.idle += 1;
+            state = self
+                .available
+                .wait(state)
+                .unwrap_or_else(|e| e.into_inner());
+            state.idle -= 1;
+        }
+    }
+
+    /// Whether reads wait, run, or have not been taken back.
+    #[cfg(test)]
+    pub fn is_busy(&self) -> bool {
+        let state = self.lock();
+        !state.jobs.is_empty() || state.bytes > 0
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -115,20 +167,7 @@ impl Pool {
 
     fn work(&self) {
         loop {
-            let job = {
-                let mut state = self.lock();
-                loop {
-                    if let Some(job) = state.jobs.pop_front() {
-                        break job;
-                    }
-                    state.idle += 1;
-                    state = self
-                        .available
-                        .wait(state)
-                        .unwrap_or_else(|e| e.into_inner());
-                    state.idle -= 1;
-                }
-            };
+            let job = self.next_job();
             let data = read_all(&job.pieces);
             let Job {
                 ticket,
@@ -156,8 +195,7 @@ impl Pool {
 }
 
 fn read_all(pieces: &[Piece]) -> Result<Vec<u8>, i32> {
-    let total = pieces.iter().map(|p| p.len as usize).sum();
-    let mut data = vec![0u8; total];
+    let mut data = vec![0u8; bytes_of(pieces)];
     let mut at = 0;
     for piece in pieces {
         let end = at + piece.len as usize;
@@ -191,3 +229,7 @@ fn read_all(pieces: &[Piece]) -> Result<Vec<u8>, i32> {
     }
     Ok(data)
 }
+
+#[cfg(test)]
+#[path = "pool_tests.rs"]
+mod tests;

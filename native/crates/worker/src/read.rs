@@ -36,6 +36,9 @@ pub struct Reader {
     pub executable: bool,
 }
 
+/// Bytes that one READ may ask for: 1024 pages, which is what INIT grants at most, of the largest page size (64 KiB).
+/// A driver that ignores INIT could otherwise have gigabytes copied, or bought by the pool, with one head.
+pub const MAX_READ: u32 = 64 << 20;
 /// iovecs per system call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
 /// A chunk that was replaced during the copy is looked up again this often before the request waits for control.
@@ -53,6 +56,9 @@ impl Reader {
         skip: usize,
     ) -> Result<ReadOutcome, Errno> {
         let asked = ReadIn::parse(args).ok_or(Errno(libc::EINVAL))?;
+        if asked.size > MAX_READ {
+            return Err(Errno(libc::EINVAL));
+        }
         let node = inode(tree, nodeid)?;
         match node.mode & libc::S_IFMT {
             libc::S_IFREG => {}
@@ -84,7 +90,7 @@ impl Reader {
             if !self.missing.is_empty() {
                 return Ok(ReadOutcome::Missing);
             }
-            if !self.copy(mount, chain, skip)? {
+            if !self.copy(chain, skip)? {
                 return Ok(ReadOutcome::WouldBlock);
             }
             if unchanged(mount, &self.pieces) {
@@ -124,7 +130,7 @@ impl Reader {
                 Location::Absent => self.missing.push((id, at)),
                 Location::Ready(extent) => {
                     let end = u64::from(chunk.chunk_offset) + u64::from(chunk.len);
-                    if end > u64::from(extent.size) {
+                    if end > u64::from(extent.size) || extent.offset > i64::MAX as u64 - end {
                         return Err(Errno(libc::EIO));
                     }
                     self.pieces.push(Piece {
@@ -149,8 +155,7 @@ impl Reader {
     }
 
     /// Copies all pieces without blocking; false when the page cache lacks a part.
-    fn copy(&mut self, mount: &Mount, chain: &Chain, skip: usize) -> Result<bool, Errno> {
-        let _ = mount;
+    fn copy(&mut self, chain: &Chain, skip: usize) -> Result<bool, Errno> {
         let (mut next, mut at) = (0, skip);
         while let Some(first) = self.pieces.get(next).copied() {
             // Chunks that are neighbours in their file are read with one call.

@@ -12,7 +12,7 @@ use virtq::{Chain, GuestMemory};
 
 use crate::mount::Mount;
 use crate::ops::{self, Errno};
-use crate::parked::{Parked, Parking};
+use crate::parked::{ChunkId, Parked, Parking};
 use crate::pool::{Finished, Job, Pool, Ticket};
 use crate::queue::Queue;
 use crate::read::{ReadOutcome, Reader, unchanged};
@@ -182,26 +182,7 @@ impl Server {
                 0
             }
             Ok(ReadOutcome::WouldBlock) => {
-                queue.park(at.head);
-                let ticket = Ticket {
-                    queue: queue.index,
-                    epoch: queue.epoch,
-                    head: at.head,
-                };
-                let pieces = self.reader.pieces.clone();
-                let thread = self.shared.thread(self.thread);
-                thread.pool_reads.store(
-                    thread.pool_reads.load(Ordering::Relaxed) + 1,
-                    Ordering::Relaxed,
-                );
-                self.pool.submit(Job {
-                    thread: self.thread,
-                    ticket,
-                    pieces,
-                    taken_ns: at.taken_ns,
-                    waited: at.waited,
-                });
-                self.shared.failpoint().pass(Point::PoolSubmitted);
+                self.submit(queue, at, header, args);
                 0
             }
             Err(errno) => {
@@ -280,6 +261,34 @@ impl Server {
         }
     }
 
+    /// Has the pool read what the page cache lacks.
+    fn submit(&mut self, queue: &Queue<'_>, at: Head, header: &InHeader, args: &[u8]) {
+        queue.park(at.head);
+        let submitted = self.pool.submit(Job {
+            thread: self.thread,
+            ticket: Ticket {
+                queue: queue.index,
+                epoch: queue.epoch,
+                head: at.head,
+            },
+            pieces: self.reader.pieces.clone(),
+            taken_ns: at.taken_ns,
+            waited: at.waited,
+        });
+        if submitted {
+            let reads = &self.shared.thread(self.thread).pool_reads;
+            reads.store(reads.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            self.shared.failpoint().pass(Point::PoolSubmitted);
+        } else if let Some(first) = self.reader.pieces.first() {
+            // The chunk is here: it is looked at again with the others that wait, and nobody needs to be asked for it.
+            let chunk = ChunkId {
+                blob_index: first.blob_index,
+                chunk_index: first.chunk_index,
+            };
+            self.wait_for(queue, at, header, args, chunk, clock::now_ns());
+        }
+    }
+
     fn park(&mut self, queue: &Queue<'_>, at: Head, header: &InHeader, args: &[u8]) {
         queue.park(at.head);
         self.shared.failpoint().pass(Point::Parking);
@@ -302,6 +311,19 @@ impl Server {
         let Some(&(missing, _)) = self.reader.missing.first() else {
             return;
         };
+        self.wait_for(queue, at, header, args, missing, posted_ns);
+        self.shared.failpoint().pass(Point::Posted);
+    }
+
+    fn wait_for(
+        &mut self,
+        queue: &Queue<'_>,
+        at: Head,
+        header: &InHeader,
+        args: &[u8],
+        missing: ChunkId,
+        posted_ns: u64,
+    ) {
         let asked = fuse_abi::request::ReadIn::parse(args).unwrap_or_default();
         self.parking.list.push(Parked {
             queue: queue.index,
@@ -313,7 +335,6 @@ impl Server {
             deadline_ns: at.taken_ns.saturating_add(self.io_deadline_ns),
             posted_ns,
         });
-        self.shared.failpoint().pass(Point::Posted);
     }
 
     fn count_error(&self) {
