@@ -4,13 +4,14 @@
 //! and the chunk tables, and answers requests; it opens nothing, connects to nothing, and may die at any moment.
 //!
 //! * `channel`: commands from the keeper, one socket per ring thread;
-//! * `thread`: the loop of a ring thread;
+//! * `thread`: the loop of a ring thread; `commands`: what the keeper tells it;
 //! * `queue`: one ring with its log and its batch;
 //! * `serve`: one request from chain to reply; `ops` answers from metadata, `read` from chunks;
 //! * `parked`: requests that wait for data; `pool`: disk reads that would block;
 //! * `mount`: the image; `spin`: the short wait before a sleep.
 
 pub mod channel;
+mod commands;
 mod memory_map;
 mod mount;
 mod ops;
@@ -20,6 +21,8 @@ mod queue;
 mod read;
 mod serve;
 mod spin;
+#[cfg(test)]
+mod testing;
 mod thread;
 
 use std::os::fd::RawFd;
@@ -67,6 +70,7 @@ pub fn thread_of(queue: usize, threads: usize) -> usize {
 
 /// Serves until the keeper ends the process or closes the channels. Returns the exit code when nothing can be served.
 pub fn run(setup: Setup) -> i32 {
+    end_with_any_thread();
     // The process lives as long as these: leaking them gives every thread plain references.
     let setup: &'static Setup = Box::leak(Box::new(setup));
     let mount: &'static mount::Mount = match mount::Mount::open(&setup.mount) {
@@ -89,6 +93,16 @@ pub fn run(setup: Setup) -> i32 {
         }
     }
     run_thread(0, setup, mount, pool)
+}
+
+/// A thread that panics would leave queues unserved, or reads that nobody ends: the process ends with it, and its
+/// successor goes on from the log.
+fn end_with_any_thread() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        tell(info);
+        std::process::abort();
+    }));
 }
 
 /// One thread without the others would leave queues unserved: its end is the end of the worker.

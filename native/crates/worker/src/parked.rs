@@ -37,6 +37,7 @@ pub const TICK_MS: i32 = 100;
 #[derive(Default)]
 pub struct Parking {
     pub list: Vec<Parked>,
+    spare: Vec<Parked>,
     posted: HashSet<ChunkId>,
     /// Something was posted since control was last told.
     pub tell_control: bool,
@@ -75,22 +76,28 @@ impl Parking {
         self.posted.remove(&chunk);
     }
 
-    /// Removes and returns the request at `index` of the list.
-    pub fn unpark(&mut self, index: usize) -> Parked {
-        let parked = self.list.swap_remove(index);
-        self.posted.remove(&parked.missing);
+    /// All waiting requests, oldest first, to be looked at; those that go on waiting are pushed again.
+    pub fn take_all(&mut self) -> Vec<Parked> {
+        std::mem::replace(&mut self.list, std::mem::take(&mut self.spare))
+    }
+
+    /// Ends the look at `looked_at`, whose memory is used again.
+    pub fn looked_at(&mut self, mut looked_at: Vec<Parked>) {
+        looked_at.clear();
+        self.spare = looked_at;
+        self.forget_all_if_idle();
+    }
+
+    fn forget_all_if_idle(&mut self) {
         if self.list.is_empty() {
             self.posted.clear();
         }
-        parked
     }
 
     /// Drops the requests of `queue`, which is being stopped: they stay in the log.
     pub fn drop_queue(&mut self, queue: usize) {
         self.list.retain(|p| p.queue != queue);
-        if self.list.is_empty() {
-            self.posted.clear();
-        }
+        self.forget_all_if_idle();
     }
 
     /// Everything has to be posted again.

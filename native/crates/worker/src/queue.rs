@@ -3,6 +3,7 @@
 //! The order of steps is what makes a crash harmless: log the head, answer it, write used entries, note the batch in
 //! the log, publish the used index, clear the log, signal. See `session::inflight`.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
@@ -26,9 +27,17 @@ pub struct Queue<'a> {
     /// Grows each time the queue is stopped: late results of the pool belong to nobody.
     pub epoch: u64,
     pub kick: Option<OwnedFd>,
+    /// Heads of the log that have to be served once more: a predecessor left them, or their ring's memory was away
+    /// when their turn came.
+    pub backlog: VecDeque<Outstanding>,
     call: Option<OwnedFd>,
     spec: RingSpec,
+    /// None while a part of it is not in shared memory.
     ring: Option<Vring>,
+    /// The ring has never been mapped: whether the log is to be gone on from.
+    unstarted: Option<bool>,
+    /// Next avail position while the ring is not mapped.
+    position: u16,
     broken: bool,
     shared: &'a Shared,
     log: &'a QueueLog,
@@ -53,9 +62,12 @@ impl<'a> Queue<'a> {
             enabled: false,
             epoch: 0,
             kick,
+            backlog: VecDeque::new(),
             call,
             spec,
             ring: None,
+            unstarted: None,
+            position: 0,
             broken: false,
             shared,
             log: shared.log(index),
@@ -64,47 +76,74 @@ impl<'a> Queue<'a> {
         }
     }
 
-    /// Maps the ring for the first time. With `resume` the log is repaired and its heads go to `outstanding`;
-    /// otherwise the log starts empty at `base`.
-    pub fn start(
-        &mut self,
-        mem: &GuestMemory,
-        base: u16,
-        resume: bool,
-        outstanding: &mut Vec<Outstanding>,
-    ) {
-        outstanding.clear();
-        let spec = self.spec;
-        let Ok(mut ring) = Vring::new(mem, spec.size, spec.at, base, spec.event_idx) else {
-            // A later region may bring the memory: `remap` tries again from the log's positions.
-            if !resume {
-                self.log.reset(spec.size, base, base);
-            }
-            return;
-        };
-        let used = ring.published_used();
-        if resume && self.log.fits(spec.size, used) {
-            self.log.repair(used);
-            self.log.outstanding(spec.size, outstanding);
-            ring.set_next_avail(self.log.next_avail());
-        } else {
-            self.log.reset(spec.size, used, base);
-        }
-        self.ring = Some(ring);
+    /// Maps the ring for the first time. With `resume` the log is repaired and its heads become the backlog; otherwise,
+    /// and where the log is not this ring's, it starts empty at `base`.
+    pub fn start(&mut self, mem: &GuestMemory, base: u16, resume: bool) {
+        let ours = resume && self.log.belongs_to(self.spec.size);
+        self.position = if ours { self.log.next_avail() } else { base };
+        self.unstarted = Some(ours);
+        self.remap(mem);
     }
 
     /// Maps the ring anew after memory regions changed. Answers must have been flushed.
     pub fn remap(&mut self, mem: &GuestMemory) {
-        let next_avail = self.next_avail();
+        self.position = self.next_avail();
         let spec = self.spec;
-        self.ring = Vring::new(mem, spec.size, spec.at, next_avail, spec.event_idx).ok();
+        self.ring = Vring::new(mem, spec.size, spec.at, self.position, spec.event_idx).ok();
+        // Where it cannot be mapped, a later region may bring the memory.
+        let Some(ring) = self.ring.as_mut() else {
+            return;
+        };
+        let Some(ours) = self.unstarted.take() else {
+            return;
+        };
+        let used = ring.published_used();
+        if ours && self.log.fits(spec.size, used) {
+            self.log.repair(used);
+            self.log.requeue();
+            let mut outstanding = Vec::new();
+            self.log.outstanding(spec.size, &mut outstanding);
+            self.backlog = outstanding.into();
+            ring.set_next_avail(self.log.next_avail());
+            // Nobody knows what the driver was told before the crash or the stop: tell it once more.
+            self.signal();
+        } else {
+            self.log.reset(spec.size, used, self.position);
+        }
     }
 
     /// The next avail position: what GET_VRING_BASE answers.
     pub fn next_avail(&self) -> u16 {
-        self.ring
-            .as_ref()
-            .map_or_else(|| self.log.next_avail(), Vring::next_avail)
+        self.ring.as_ref().map_or(self.position, Vring::next_avail)
+    }
+
+    /// Ends the ring; its next avail position. What is in flight stays in the log, and waits without a clock.
+    pub fn stop(self) -> u16 {
+        self.log.stop_clocks();
+        self.next_avail()
+    }
+
+    /// Whether the VMM wants the ring to be looked at without a kick.
+    pub fn is_polled(&self) -> bool {
+        self.kick.is_none() && self.is_live()
+    }
+
+    /// Whether requests can be read and answered.
+    pub fn is_mapped(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// The next head of the backlog, if it can be served now.
+    pub fn next_in_backlog(&mut self, now_ns: u64) -> Option<Outstanding> {
+        if !self.enabled || !self.is_mapped() {
+            return None;
+        }
+        let mut known = self.backlog.pop_front()?;
+        if known.taken_ns == 0 {
+            known.taken_ns = now_ns;
+            self.log.set_taken(known.head, now_ns);
+        }
+        Some(known)
     }
 
     /// Replaces the call fd.
@@ -242,9 +281,10 @@ impl<'a> Queue<'a> {
         self.ring.as_mut().is_some_and(|ring| live && ring.arm())
     }
 
-    /// No kicks are needed while the queue is being drained.
+    /// No kicks are needed while the queue is being drained. A disabled ring is left as it is.
     pub fn disarm(&mut self) {
-        if let Some(ring) = self.ring.as_mut() {
+        let live = self.is_live();
+        if let Some(ring) = self.ring.as_mut().filter(|_| live) {
             ring.disarm();
         }
     }

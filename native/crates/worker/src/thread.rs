@@ -1,6 +1,7 @@
 //! The loop of a ring thread: commands, wake-ups, kicks; serve, publish, signal; sleep.
 //!
-//! A ring thread never blocks on data: what is missing is parked, what a disk must read goes to the pool.
+//! A ring thread never blocks on data: what is missing is parked, what a disk must read goes to the pool. Nor does it
+//! do anything for long: a round is bounded, so that commands are answered at once whatever a driver does.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -10,17 +11,15 @@ use chunk_store::Location;
 use session::clock::now_ns;
 use session::failpoint::Point;
 use session::inflight::Outstanding;
-use virtq::{RegionSpec, RingAddresses};
 
-use crate::channel::{self, Answer, Command, Op, Received, RingWords};
 use crate::mount::Mount;
 use crate::ops::Errno;
-use crate::parked::{REPOST_NS, TICK_MS};
-use crate::pool::Pool;
-use crate::queue::{Queue, RingSpec};
+use crate::parked::{Parked, REPOST_NS, TICK_MS};
+use crate::pool::{Finished, Pool};
+use crate::queue::Queue;
 use crate::serve::{Head, Server};
 use crate::spin::Spin;
-use crate::{RingSetup, Setup, thread_of};
+use crate::{Setup, thread_of};
 
 /// A round takes at most so many heads, or about so many bytes, before answers are published and hiprio has its turn.
 const ROUND_HEADS: usize = 64;
@@ -31,22 +30,41 @@ const FLUSH_HEADS: usize = 8;
 const FLUSH_BYTES: usize = 64 << 10;
 /// After so long without a request, in ms, what only a busy thread needs is given back.
 const REST_MS: i32 = 3000;
+/// How often a ring without a kick fd is looked at.
+const POLL_MS: i32 = 1;
 
 const TOKEN_CHANNEL: u64 = 1 << 32;
 const TOKEN_WAKE: u64 = 2 << 32;
 const TOKEN_POOL: u64 = 3 << 32;
 
+/// What was served since a round began.
+#[derive(Default)]
+struct Budget {
+    heads: usize,
+    bytes: usize,
+}
+
+impl Budget {
+    fn spend(&mut self, bytes: usize) {
+        self.heads += 1;
+        self.bytes += bytes;
+    }
+
+    fn is_spent(&self) -> bool {
+        self.heads >= ROUND_HEADS || self.bytes >= ROUND_BYTES
+    }
+}
+
 /// One ring thread with its queues.
 pub struct RingThread {
     index: usize,
-    server: Server,
-    queues: Vec<Queue<'static>>,
+    pub(crate) server: Server,
+    pub(crate) queues: Vec<Queue<'static>>,
     epoll: OwnedFd,
-    channel: RawFd,
+    pub(crate) channel: RawFd,
     wake: RawFd,
     post: RawFd,
-    next_epoch: u64,
-    outstanding: Vec<Outstanding>,
+    pub(crate) next_epoch: u64,
     spin: Spin,
 }
 
@@ -80,7 +98,6 @@ impl RingThread {
             wake: setup.wakes[index],
             post: setup.post,
             next_epoch: 0,
-            outstanding: Vec::new(),
             spin: Spin::default(),
         };
         this.watch(this.channel, TOKEN_CHANNEL, libc::EPOLLIN as u32)?;
@@ -116,15 +133,17 @@ impl RingThread {
             .worker_ready_ns
             .store(now_ns(), Ordering::Relaxed);
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
-        let mut rested = false;
+        let (mut rested, mut more) = (false, false);
         loop {
-            let more = self.round();
+            more |= self.round();
             if self.server.parking.tell_control {
                 self.server.parking.tell_control = false;
                 write_event(self.post);
             }
             let timeout = match (more, self.server.parking.list.is_empty()) {
                 (true, _) => 0,
+                // A VMM that gives no kick fd wants its ring to be looked at.
+                _ if self.queues.iter().any(Queue::is_polled) => POLL_MS,
                 (false, true) if rested => -1,
                 (false, true) => REST_MS,
                 (false, false) => TICK_MS,
@@ -163,7 +182,7 @@ impl RingThread {
                     return Ok(());
                 }
             }
-            self.unpark();
+            more = self.unpark();
         }
     }
 
@@ -175,28 +194,30 @@ impl RingThread {
             .store(now_ns(), Ordering::Relaxed);
     }
 
-    fn step(&self) {
+    pub(crate) fn step(&self) {
         let progress = &self.server.shared.thread(self.index).progress;
         progress.store(progress.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
-    /// Serves what the rings offer. False when they are empty and the driver will kick: the thread may sleep.
+    /// Serves what the rings offer. False when they are empty and the driver will kick: the thread may sleep. A driver
+    /// that keeps the rings filled does not keep the thread from its commands: the budget is that of all queues.
     fn round(&mut self) -> bool {
-        let mut served = false;
+        let mut heads = 0;
         loop {
-            // Index order: hiprio is queue 0, and comes first in every round.
+            let mut more = false;
+            // Index order: hiprio is queue 0, and comes first in every round; each of the others has its turn.
             for i in 0..self.queues.len() {
-                let heads = self.drain(i);
-                served |= heads > 0;
-                if heads >= ROUND_HEADS {
-                    return true;
-                }
+                let budget = self.drain(i);
+                heads += budget.heads;
+                more |= budget.is_spent();
+            }
+            if more || heads >= ROUND_HEADS {
+                return true;
             }
             let queues = &self.queues;
-            if served && self.spin.wait(|| queues.iter().any(Queue::has_more)) {
+            if heads > 0 && self.spin.wait(|| queues.iter().any(Queue::has_more)) {
                 continue;
             }
-            let mut more = false;
             for queue in &mut self.queues {
                 more |= queue.arm();
             }
@@ -206,33 +227,56 @@ impl RingThread {
         }
     }
 
-    /// Serves what queue `i` offers, up to the budget of a round; how many heads (`ROUND_HEADS` when it ran out).
-    fn drain(&mut self, i: usize) -> usize {
-        let queue = &mut self.queues[i];
-        queue.disarm();
+    /// Serves what queue `i` offers, up to the budget of a round.
+    fn drain(&mut self, i: usize) -> Budget {
+        self.queues[i].disarm();
         let now = now_ns();
-        let (mut heads, mut bytes, mut flushed) = (0, 0, 0);
-        while let Some(head) = queue.take(now) {
+        let mut budget = Budget::default();
+        self.drain_backlog(i, now, &mut budget);
+        let queue = &mut self.queues[i];
+        let mut flushed = budget.bytes;
+        while !budget.is_spent() {
+            let Some(head) = queue.take(now) else { break };
             let at = Head {
                 head,
                 taken_ns: now,
                 waited: false,
             };
-            bytes += self.server.serve(queue, at);
-            heads += 1;
-            if bytes >= ROUND_BYTES {
-                heads = ROUND_HEADS;
-            }
-            if heads >= ROUND_HEADS {
-                break;
-            }
-            if heads % FLUSH_HEADS == 0 || bytes - flushed >= FLUSH_BYTES {
-                flushed = bytes;
+            budget.spend(self.server.serve(queue, at));
+            if budget.heads % FLUSH_HEADS == 0 || budget.bytes - flushed >= FLUSH_BYTES {
+                flushed = budget.bytes;
                 queue.flush();
             }
         }
         self.flush(i);
-        heads
+        budget
+    }
+
+    fn drain_backlog(&mut self, i: usize, now: u64, budget: &mut Budget) {
+        let queue = &mut self.queues[i];
+        while !budget.is_spent() {
+            let Some(known) = queue.next_in_backlog(now) else {
+                return;
+            };
+            let bytes = if known.poisonous {
+                eprintln!(
+                    "rafs-worker: queue {}: a request that was served at three crashes in a row fails",
+                    queue.index
+                );
+                self.server.fail(queue, known.head, Errno(libc::EIO));
+                0
+            } else {
+                let at = Head {
+                    head: known.head,
+                    taken_ns: known.taken_ns,
+                    waited: true,
+                };
+                self.server.serve(queue, at)
+            };
+            budget.spend(bytes);
+            // One by one, so that a request which kills its worker takes no other one's answer along.
+            queue.publish();
+        }
     }
 
     fn flush(&mut self, i: usize) {
@@ -243,26 +287,29 @@ impl RingThread {
         self.step();
     }
 
-    fn flush_all(&mut self) {
+    pub(crate) fn flush_all(&mut self) {
         for i in 0..self.queues.len() {
             self.flush(i);
         }
     }
 
-    fn position(&self, queue: usize) -> Option<usize> {
+    pub(crate) fn position(&self, queue: usize) -> Option<usize> {
         self.queues.iter().position(|q| q.index == queue)
     }
 
-    /// Looks at every parked request: its chunk may have come, its time may be over, its post may be lost.
-    fn unpark(&mut self) {
+    /// Looks at every parked request: its chunk may have come, its time may be over, its post may be lost. True when
+    /// the budget of a round ended the look: one chunk may free more requests than a command can wait for.
+    fn unpark(&mut self) -> bool {
         if self.server.parking.list.is_empty() {
-            return;
+            return false;
         }
         let now = now_ns();
-        let mut at = self.server.parking.list.len();
-        while at > 0 {
-            at -= 1;
-            let Some(parked) = self.server.parking.list.get(at).copied() else {
+        let mut budget = Budget::default();
+        let list = self.server.parking.take_all();
+        for parked in &list {
+            let at = self.position(parked.queue);
+            let Some(i) = at.filter(|&i| self.queues[i].is_mapped() && !budget.is_spent()) else {
+                self.server.parking.list.push(*parked);
                 continue;
             };
             let location = self
@@ -272,238 +319,71 @@ impl RingThread {
                 .map_or(Location::Invalid, |blob| {
                     blob.locate(parked.missing.chunk_index)
                 });
-            let ready = location != Location::Absent;
-            if ready || now >= parked.deadline_ns {
-                self.server.parking.unpark(at);
-                let Some(i) = self.position(parked.queue) else {
-                    continue;
+            if location != Location::Absent {
+                self.server.parking.forget_post(parked.missing);
+                self.server.shared.failpoint().pass(Point::Unparked);
+                let at = Head {
+                    head: parked.head,
+                    taken_ns: parked.taken_ns,
+                    waited: true,
                 };
-                let queue = &mut self.queues[i];
-                if ready {
-                    self.server.shared.failpoint().pass(Point::Unparked);
-                    self.server.serve(
-                        queue,
-                        Head {
-                            head: parked.head,
-                            taken_ns: parked.taken_ns,
-                            waited: true,
-                        },
-                    );
-                } else {
-                    let late = &self.server.shared.thread(self.index).deadline_errors;
-                    late.store(late.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-                    self.server.fail(queue, parked.head, Errno(libc::EIO));
-                }
+                budget.spend(self.server.serve(&mut self.queues[i], at));
                 self.step();
-            } else if now.saturating_sub(parked.posted_ns) > REPOST_NS {
-                self.repost(at, now);
+            } else if now >= parked.deadline_ns {
+                self.server.parking.forget_post(parked.missing);
+                let late = &self.server.shared.thread(self.index).deadline_errors;
+                late.store(late.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+                let queue = &mut self.queues[i];
+                self.server.fail(queue, parked.head, Errno(libc::EIO));
+                budget.spend(0);
+                self.step();
+            } else {
+                let mut parked = *parked;
+                if now.saturating_sub(parked.posted_ns) > REPOST_NS && self.repost(&parked, now) {
+                    parked.posted_ns = now;
+                }
+                self.server.parking.list.push(parked);
             }
         }
+        self.server.parking.looked_at(list);
         self.flush_all();
+        budget.is_spent()
     }
 
-    fn repost(&mut self, at: usize, now: u64) {
+    fn repost(&mut self, parked: &Parked, now: u64) -> bool {
         let parking = &mut self.server.parking;
-        let Some(parked) = parking.list.get(at).copied() else {
-            return;
-        };
         parking.forget_post(parked.missing);
         let posts = &self.server.shared.thread(self.index).posts;
-        if parking.post(posts, parked.missing, parked.nodeid, parked.offset, now) {
-            if let Some(parked) = parking.list.get_mut(at) {
-                parked.posted_ns = now;
-            }
-        }
+        parking.post(posts, parked.missing, parked.nodeid, parked.offset, now)
     }
 
     fn finish_pool(&mut self) {
-        for finished in self.server.pool.take_finished(self.index) {
+        self.finish(self.server.pool.take_finished(self.index));
+    }
+
+    fn finish(&mut self, all: Vec<Finished>) {
+        for finished in all {
             let Some(i) = self.position(finished.ticket.queue) else {
                 continue;
             };
             let queue = &mut self.queues[i];
-            if queue.epoch == finished.ticket.epoch {
+            if queue.epoch != finished.ticket.epoch {
+                continue;
+            }
+            if queue.is_mapped() {
                 self.server.serve_finished(queue, &finished);
+            } else {
+                // Its memory is away for the moment: the request is served once more when it is back.
+                queue.backlog.push_back(Outstanding {
+                    head: finished.ticket.head,
+                    counter: 0,
+                    taken_ns: finished.taken_ns,
+                    poisonous: false,
+                });
             }
             self.step();
         }
         self.flush_all();
-    }
-
-    /// Carries out all commands that are there; false when the keeper is gone.
-    fn commands(&mut self) -> io::Result<bool> {
-        loop {
-            match channel::receive_command(self.channel)? {
-                Received::Nothing => return Ok(true),
-                Received::Closed => return Ok(false),
-                Received::Command(command, fds) => {
-                    self.flush_all();
-                    let answer = match self.carry_out(&command, fds) {
-                        Ok(value) => Answer { status: 0, value },
-                        Err(e) => Answer {
-                            status: e.raw_os_error().unwrap_or(libc::EINVAL),
-                            value: 0,
-                        },
-                    };
-                    self.step();
-                    channel::send_answer(self.channel, answer)?;
-                }
-            }
-        }
-    }
-
-    fn carry_out(&mut self, command: &Command, fds: Vec<OwnedFd>) -> io::Result<u32> {
-        let queue = command.queue as usize;
-        let args = command.args;
-        let mut fds = fds.into_iter();
-        match command.op {
-            Op::AddRegion => {
-                let fd = fds
-                    .next()
-                    .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
-                let spec = RegionSpec {
-                    guest_addr: args[0],
-                    size: args[1],
-                    user_addr: args[2],
-                    mmap_offset: args[3],
-                };
-                self.server.mem.add(spec, std::os::fd::AsFd::as_fd(&fd))?;
-                self.remap();
-            }
-            Op::RemoveRegion => {
-                if !self.server.mem.remove(args[0], args[1], args[2]) {
-                    return Err(io::Error::from_raw_os_error(libc::ENOENT));
-                }
-                self.remap();
-            }
-            Op::ClearRegions => {
-                self.server.mem.clear();
-                self.remap();
-            }
-            Op::SetRing => {
-                let words = RingWords::unpack(args[3]);
-                let kick = if words.has_kick { fds.next() } else { None };
-                let call = if words.has_call { fds.next() } else { None };
-                let ring = RingSetup {
-                    queue,
-                    size: words.size,
-                    at: RingAddresses {
-                        desc: args[0],
-                        avail: args[1],
-                        used: args[2],
-                    },
-                    base: words.base,
-                    resume: words.resume,
-                    enabled: words.enabled,
-                    event_idx: words.event_idx,
-                    kick: None,
-                    call: None,
-                };
-                self.stop(queue);
-                self.set_ring(&ring, kick, call)?;
-            }
-            Op::SetCall => {
-                if let Some(i) = self.position(queue) {
-                    self.queues[i].set_call(fds.next());
-                    // A signal to the old fd may have gone nowhere.
-                    self.queues[i].signal();
-                }
-            }
-            Op::SetKick => {
-                if let Some(i) = self.position(queue) {
-                    self.unwatch_kick(i);
-                    self.queues[i].kick = fds.next();
-                    self.watch_kick(i)?;
-                }
-            }
-            Op::Enable => {
-                if let Some(i) = self.position(queue) {
-                    self.queues[i].enabled = args[0] != 0;
-                    self.server
-                        .shared
-                        .queue(queue)
-                        .enabled
-                        .store(args[0] as u32, Ordering::Relaxed);
-                }
-            }
-            Op::Stop => {
-                let base = self.stop(queue);
-                self.server.shared.failpoint().pass(Point::Stopping);
-                return base
-                    .map(u32::from)
-                    .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT));
-            }
-            Op::Repost => self.server.parking.forget_posts(),
-        }
-        Ok(0)
-    }
-
-    fn set_ring(
-        &mut self,
-        ring: &RingSetup,
-        kick: Option<OwnedFd>,
-        call: Option<OwnedFd>,
-    ) -> io::Result<()> {
-        let spec = RingSpec {
-            size: ring.size,
-            at: ring.at,
-            event_idx: ring.event_idx,
-        };
-        let mut queue = Queue::new(ring.queue, self.server.shared, spec, kick, call);
-        self.next_epoch += 1;
-        queue.epoch = self.next_epoch;
-        queue.enabled = ring.enabled;
-        self.server
-            .shared
-            .queue(ring.queue)
-            .enabled
-            .store(u32::from(ring.enabled), Ordering::Relaxed);
-        let mut outstanding = std::mem::take(&mut self.outstanding);
-        queue.start(&self.server.mem, ring.base, ring.resume, &mut outstanding);
-        for known in &outstanding {
-            if known.poisonous {
-                eprintln!(
-                    "rafs-worker: queue {}: a request that was served at three crashes in a row fails",
-                    queue.index
-                );
-                self.server.fail(&mut queue, known.head, Errno(libc::EIO));
-            } else {
-                self.server.serve(
-                    &mut queue,
-                    Head {
-                        head: known.head,
-                        taken_ns: known.taken_ns,
-                        waited: true,
-                    },
-                );
-            }
-            // One by one, so that a request which kills its worker takes no other one's answer along.
-            queue.publish();
-            self.step();
-        }
-        // Nobody knows what the driver was told before the crash or the stop: tell it once more.
-        if ring.resume {
-            queue.signal();
-        }
-        self.outstanding = outstanding;
-        let at = self.queues.partition_point(|q| q.index < ring.queue);
-        self.queues.insert(at, queue);
-        self.watch_kick(at)
-    }
-
-    /// Ends a ring; its next avail position. Parked heads stay in the log.
-    fn stop(&mut self, queue: usize) -> Option<u16> {
-        let at = self.position(queue)?;
-        self.unwatch_kick(at);
-        self.server.parking.drop_queue(queue);
-        let queue = self.queues.remove(at);
-        Some(queue.next_avail())
-    }
-
-    fn remap(&mut self) {
-        for queue in &mut self.queues {
-            queue.remap(&self.server.mem);
-        }
     }
 
     fn watch(&self, fd: RawFd, token: u64, events: u32) -> io::Result<()> {
@@ -518,7 +398,7 @@ impl RingThread {
         }
     }
 
-    fn watch_kick(&self, i: usize) -> io::Result<()> {
+    pub(crate) fn watch_kick(&self, i: usize) -> io::Result<()> {
         match &self.queues[i].kick {
             // Edge triggered: a kick that came before is reported at once, and no read is needed to silence it.
             Some(kick) => self.watch(
@@ -530,7 +410,7 @@ impl RingThread {
         }
     }
 
-    fn unwatch_kick(&self, i: usize) {
+    pub(crate) fn unwatch_kick(&self, i: usize) {
         if let Some(kick) = &self.queues[i].kick {
             // SAFETY: plain system call; a descriptor that is not registered is no harm.
             unsafe {
@@ -560,3 +440,7 @@ fn write_event(fd: RawFd) {
     // SAFETY: eight bytes to an eventfd; it only fails when the counter is full, and then it is readable.
     unsafe { libc::write(fd, one.as_ptr().cast(), 8) };
 }
+
+#[cfg(test)]
+#[path = "thread_tests.rs"]
+mod tests;

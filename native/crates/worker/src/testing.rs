@@ -1,0 +1,327 @@
+//! A ring thread without processes around it: an image on memfds, a driver that writes what it is told to, and the
+//! keeper's end of the command socket.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use session::Shared;
+use virtq::testing::{Driver, Guest, NEXT, WRITE, memfd};
+
+use crate::channel::{self, Answer, Command, Op, RingWords};
+use crate::mount::{BlobFds, Mount, MountFds};
+use crate::pool::Pool;
+use crate::thread::RingThread;
+use crate::{RingSetup, Setup};
+
+#[path = "../../rafs-format/tests/support/mod.rs"]
+pub mod image;
+
+/// Guest addresses: rings from here on, then a place of 16 KiB for each head of each queue.
+pub const RINGS: u64 = 0x10_0000;
+pub const RING_STRIDE: u64 = 0x1_0000;
+pub const PLACES: u64 = 0x100_0000;
+const PLACE: u64 = 0x4000;
+pub const REGIONS: [(u64, u64); 2] = [(0x10_0000, 0x30_0000), (0x100_0000, 0x300_0000)];
+
+/// The sample image with attributes: big (3 chunks of blob 0), small (1 of blob 1), dir, inline, link, ...
+pub fn sample() -> Vec<u8> {
+    let mut bytes = image::sample();
+    let flags = u64::from_le_bytes(bytes[1152..1160].try_into().unwrap());
+    bytes[1152..1160].copy_from_slice(&(flags | rafs_format::flag::HAS_XATTR).to_le_bytes());
+    bytes
+}
+
+fn sealed(bytes: &[u8]) -> OwnedFd {
+    // SAFETY: plain system calls; results are checked.
+    unsafe {
+        let fd = libc::memfd_create(
+            c"image".as_ptr(),
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+        );
+        let file = <File as std::os::fd::FromRawFd>::from_raw_fd(fd);
+        file.write_all_at(bytes, 0).unwrap();
+        let seals = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        assert_eq!(libc::fcntl(fd, libc::F_ADD_SEALS, seals), 0);
+        file.into()
+    }
+}
+
+/// Tables and data of one blob, in the layout of `chunk-store`.
+pub struct Blob {
+    state: File,
+    extents: File,
+    data: File,
+    spill: File,
+    spill_base: u64,
+    chunk_size: u64,
+}
+
+impl Blob {
+    fn new(chunks: u32, chunk_size: u64, spill: File, spill_base: u64) -> Blob {
+        let blob = Blob {
+            state: memfd(4096 + 4 * u64::from(chunks)),
+            extents: memfd(64 + 32 * u64::from(chunks)),
+            data: memfd(chunk_size * u64::from(chunks)),
+            spill,
+            spill_base,
+            chunk_size,
+        };
+        for (file, magic) in [(&blob.state, b"VRCHSTAT"), (&blob.extents, b"VREXTENT")] {
+            file.write_all_at(magic, 0).unwrap();
+            file.write_all_at(&1u32.to_le_bytes(), 8).unwrap();
+            file.write_all_at(&chunks.to_le_bytes(), 12).unwrap();
+        }
+        for i in 0..u64::from(chunks) {
+            let mut extent = [0; 32];
+            extent[0..8].copy_from_slice(&(i * chunk_size).to_le_bytes());
+            extent[8..12].copy_from_slice(&(chunk_size as u32).to_le_bytes());
+            extent[12..16].copy_from_slice(&1u32.to_le_bytes());
+            blob.extents.write_all_at(&extent, 64 + 32 * i).unwrap();
+        }
+        blob
+    }
+
+    /// Stores chunk `index`, all bytes of which are `fill`, in memory: it is read at once.
+    pub fn store(&self, index: u64, fill: u8) {
+        let bytes = vec![fill; self.chunk_size as usize];
+        let at = self.spill_base + index * self.chunk_size;
+        self.spill.write_all_at(&bytes, at).unwrap();
+        self.set_spill(index, 1 << 40 | (at / 4096 + 1));
+    }
+
+    /// The same in the data file. It is a memfd too, which knows no RWF_NOWAIT: the pool reads it.
+    pub fn store_in_file(&self, index: u64, fill: u8) {
+        let bytes = vec![fill; self.chunk_size as usize];
+        self.data
+            .write_all_at(&bytes, index * self.chunk_size)
+            .unwrap();
+        let verified = (8u32 | 3).to_le_bytes();
+        self.state
+            .write_all_at(&verified, 4096 + 4 * index)
+            .unwrap();
+    }
+
+    /// Takes a chunk that was stored in memory away.
+    pub fn discard(&self, index: u64) {
+        self.set_spill(index, 0);
+    }
+
+    fn set_spill(&self, index: u64, word: u64) {
+        self.extents
+            .write_all_at(&word.to_le_bytes(), 64 + 32 * index + 16)
+            .unwrap();
+    }
+}
+
+/// Everything around one ring thread.
+pub struct Bench {
+    pub guest: Guest,
+    pub blobs: Vec<Blob>,
+    pub shared: &'static Shared,
+    pub keeper: OwnedFd,
+    pub mount: &'static Mount,
+    pub pool: &'static Pool,
+    theirs: RawFd,
+    wake: RawFd,
+    post: RawFd,
+}
+
+fn eventfd() -> RawFd {
+    // SAFETY: plain system call; the result is checked where it is used.
+    unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) }
+}
+
+fn leak<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
+impl Bench {
+    /// `image` with one blob per entry of `chunks`, which is its number of chunks.
+    pub fn new(image: &[u8], chunk_size: u64, chunks: &[u32]) -> Bench {
+        let shared = leak(Shared::create().unwrap());
+        shared
+            .record()
+            .io_deadline_ns
+            .store(3_600_000_000_000, Ordering::Relaxed);
+        let spill = memfd(chunk_size * chunks.iter().map(|&n| u64::from(n)).sum::<u64>());
+        let mut base = 0;
+        let mut blobs = Vec::new();
+        for &n in chunks {
+            blobs.push(Blob::new(n, chunk_size, spill.try_clone().unwrap(), base));
+            base += chunk_size * u64::from(n);
+        }
+        let fds = MountFds {
+            bootstrap: sealed(image).into_raw_fd(),
+            spill: spill.into_raw_fd(),
+            blobs: blobs
+                .iter()
+                .map(|b| BlobFds {
+                    state: b.state.as_raw_fd(),
+                    extents: b.extents.as_raw_fd(),
+                    data: Some(b.data.as_raw_fd()),
+                })
+                .collect(),
+        };
+        let (keeper, theirs) = channel::pair().unwrap();
+        Bench {
+            guest: Guest::new(&REGIONS),
+            shared,
+            keeper,
+            mount: leak(Mount::open(&fds).unwrap()),
+            pool: leak(Pool::new(1)),
+            theirs: theirs.into_raw_fd(),
+            wake: eventfd(),
+            post: eventfd(),
+            blobs,
+        }
+    }
+
+    pub fn sample() -> Bench {
+        Bench::new(&sample(), 4096, &[3, 1])
+    }
+
+    /// A thread as a new worker starts it.
+    pub fn thread(&self, rings: Vec<RingSetup>) -> RingThread {
+        self.thread_with(rings, true)
+    }
+
+    /// The same, without memory unless `memory`.
+    pub fn thread_with(&self, rings: Vec<RingSetup>, memory: bool) -> RingThread {
+        let regions = self.guest.regions().filter(|_| memory);
+        let setup = leak(Setup {
+            shared: self.shared,
+            regions: regions
+                .map(|(spec, file)| (spec, file.as_raw_fd()))
+                .collect(),
+            rings,
+            mount: MountFds::default(),
+            channels: vec![self.theirs],
+            wakes: vec![self.wake],
+            post: self.post,
+        });
+        RingThread::new(0, setup, self.mount, self.pool).unwrap()
+    }
+
+    /// Queue `index` with a ring of `size` entries whose indexes start at `start`.
+    pub fn driver(&self, index: u64, size: u16, start: u16) -> Driver {
+        Driver::new(&self.guest, RINGS + RING_STRIDE * index, size, start)
+    }
+
+    /// Has `thread` carry out a command, as the keeper would.
+    pub fn tell(&self, thread: &mut RingThread, command: &Command, fds: &[RawFd]) -> Answer {
+        channel::send_command(self.keeper.as_raw_fd(), command, fds).unwrap();
+        assert!(thread.commands().unwrap());
+        channel::receive_answer(self.keeper.as_raw_fd(), 0).expect("an answer")
+    }
+
+    pub fn clear_memory(&self, thread: &mut RingThread) {
+        let answer = self.tell(thread, &Command::new(Op::ClearRegions, 0), &[]);
+        assert_eq!(answer.status, 0);
+    }
+
+    pub fn add_memory(&self, thread: &mut RingThread) {
+        for (spec, file) in self.guest.regions() {
+            let command = Command::new(Op::AddRegion, 0).with([
+                spec.guest_addr,
+                spec.size,
+                spec.user_addr,
+                spec.mmap_offset,
+            ]);
+            assert_eq!(self.tell(thread, &command, &[file.as_raw_fd()]).status, 0);
+        }
+    }
+
+    pub fn stop(&self, thread: &mut RingThread, queue: usize) -> Answer {
+        self.tell(thread, &Command::new(Op::Stop, queue), &[])
+    }
+
+    pub fn set_ring(&self, thread: &mut RingThread, ring: &RingSetup) -> Answer {
+        let words = RingWords {
+            size: ring.size,
+            base: ring.base,
+            resume: ring.resume,
+            enabled: ring.enabled,
+            event_idx: ring.event_idx,
+            has_kick: ring.kick.is_some(),
+            has_call: ring.call.is_some(),
+        };
+        let command = Command::new(Op::SetRing, ring.queue).with([
+            ring.at.desc,
+            ring.at.avail,
+            ring.at.used,
+            words.pack(),
+        ]);
+        let fds: Vec<RawFd> = [ring.kick, ring.call].into_iter().flatten().collect();
+        self.tell(thread, &command, &fds)
+    }
+
+    /// Offers a request at `head` of `queue`: header and arguments in one descriptor, room for an answer in another.
+    pub fn request(&self, driver: &mut Driver, queue: u64, head: u16, message: &[u8], room: u32) {
+        let place = PLACES + PLACE * (1024 * queue + u64::from(head) / 2);
+        self.guest.write(place, message);
+        let (len, guest) = (message.len() as u32, &self.guest);
+        driver.describe(guest, head, place, len, NEXT, head + 1);
+        driver.describe(guest, head + 1, place + 0x1000, room, WRITE, 0);
+        driver.offer(guest, head);
+    }
+
+    /// The out header at `head`'s place: length and errno.
+    pub fn reply(&self, queue: u64, head: u16) -> (u32, i32) {
+        let place = PLACES + PLACE * (1024 * queue + u64::from(head) / 2) + 0x1000;
+        (
+            self.guest.read_u32(place),
+            -(self.guest.read_u32(place + 4) as i32),
+        )
+    }
+
+    /// Bytes of the answer at `head`'s place behind the out header.
+    pub fn answer(&self, queue: u64, head: u16, len: usize) -> Vec<u8> {
+        let place = PLACES + PLACE * (1024 * queue + u64::from(head) / 2) + 0x1000;
+        self.guest.read(place + 16, len)
+    }
+}
+
+/// What a worker is told about `driver`'s ring as queue `queue`.
+pub fn ring(driver: &Driver, queue: usize) -> RingSetup {
+    RingSetup {
+        queue,
+        size: driver.size,
+        at: driver.addresses(),
+        base: driver.offered,
+        resume: false,
+        enabled: true,
+        event_idx: true,
+        kick: None,
+        call: None,
+    }
+}
+
+/// A FUSE message: in header and arguments.
+pub fn message(opcode: u32, nodeid: u64, args: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    out.extend((40 + args.len() as u32).to_le_bytes());
+    out.extend(opcode.to_le_bytes());
+    out.extend(7u64.to_le_bytes());
+    out.extend(nodeid.to_le_bytes());
+    out.extend([0; 16]);
+    out.extend(args);
+    out
+}
+
+/// Arguments of READ, READDIR and READDIRPLUS.
+pub fn read_args(offset: u64, size: u32) -> Vec<u8> {
+    let mut out = vec![0; 40];
+    out[8..16].copy_from_slice(&offset.to_le_bytes());
+    out[16..20].copy_from_slice(&size.to_le_bytes());
+    out
+}
+
+/// The node id of `name` in the root of `mount`'s image.
+pub fn node(mount: &Mount, name: &[u8]) -> u64 {
+    let tree = mount.tree().unwrap();
+    let root = tree.inode(tree.root()).unwrap();
+    let (nid, _) = tree.lookup(&root, name).unwrap().expect("the file");
+    crate::mount::nodeid_of(nid, tree.root())
+}
