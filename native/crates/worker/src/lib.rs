@@ -12,6 +12,8 @@
 
 pub mod channel;
 mod commands;
+#[cfg(test)]
+mod fuzz_tests;
 mod memory_map;
 mod mount;
 mod ops;

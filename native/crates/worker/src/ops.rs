@@ -300,3 +300,7 @@ fn lseek(tree: &Tree<'_>, nodeid: u64, args: &[u8], out: &mut Vec<u8>) -> Result
     out.extend_from_slice(&found.to_le_bytes());
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "ops_tests.rs"]
+mod tests;

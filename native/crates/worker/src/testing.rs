@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use session::Shared;
@@ -122,7 +123,8 @@ pub struct Bench {
     pub shared: &'static Shared,
     pub keeper: OwnedFd,
     pub mount: &'static Mount,
-    pub pool: &'static Pool,
+    /// That of the newest thread: a worker's pool dies with it.
+    pool: Mutex<&'static Pool>,
     theirs: RawFd,
     wake: RawFd,
     post: RawFd,
@@ -170,7 +172,7 @@ impl Bench {
             shared,
             keeper,
             mount: leak(Mount::open(&fds).unwrap()),
-            pool: leak(Pool::new(1)),
+            pool: Mutex::new(leak(Pool::new(1))),
             theirs: theirs.into_raw_fd(),
             wake: eventfd(),
             post: eventfd(),
@@ -201,7 +203,13 @@ impl Bench {
             wakes: vec![self.wake],
             post: self.post,
         });
-        RingThread::new(0, setup, self.mount, self.pool).unwrap()
+        let pool = leak(Pool::new(1));
+        *self.pool.lock().unwrap() = pool;
+        RingThread::new(0, setup, self.mount, pool).unwrap()
+    }
+
+    pub fn pool_is_busy(&self) -> bool {
+        self.pool.lock().unwrap().is_busy()
     }
 
     /// Queue `index` with a ring of `size` entries whose indexes start at `start`.

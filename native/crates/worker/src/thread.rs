@@ -201,7 +201,7 @@ impl RingThread {
 
     /// Serves what the rings offer. False when they are empty and the driver will kick: the thread may sleep. A driver
     /// that keeps the rings filled does not keep the thread from its commands: the budget is that of all queues.
-    fn round(&mut self) -> bool {
+    pub(crate) fn round(&mut self) -> bool {
         let mut heads = 0;
         loop {
             let mut more = false;
@@ -299,7 +299,7 @@ impl RingThread {
 
     /// Looks at every parked request: its chunk may have come, its time may be over, its post may be lost. True when
     /// the budget of a round ended the look: one chunk may free more requests than a command can wait for.
-    fn unpark(&mut self) -> bool {
+    pub(crate) fn unpark(&mut self) -> bool {
         if self.server.parking.list.is_empty() {
             return false;
         }
@@ -357,7 +357,7 @@ impl RingThread {
         parking.post(posts, parked.missing, parked.nodeid, parked.offset, now)
     }
 
-    fn finish_pool(&mut self) {
+    pub(crate) fn finish_pool(&mut self) {
         self.finish(self.server.pool.take_finished(self.index));
     }
 

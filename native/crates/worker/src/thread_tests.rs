@@ -115,7 +115,7 @@ fn what_the_pool_has_read_for_a_stopped_ring_is_dropped() {
     while driver.used_index(&bench.guest) == 0 {
         turn(&mut thread);
     }
-    while bench.pool.is_busy() {
+    while bench.pool_is_busy() {
         turn(&mut thread);
     }
     turn(&mut thread);
