@@ -22,6 +22,8 @@ struct Session {
     shared: &'static Shared,
     post: RawFd,
     wakes: Vec<RawFd>,
+    /// Of the process that made it: the keeper. Not read from shared memory, which a worker can write.
+    pid: u32,
 }
 
 /// # Safety
@@ -66,6 +68,7 @@ pub unsafe extern "C" fn vr_session_new(
             post: keeper.post_fd(),
             wakes: keeper.wake_fds(),
             keeper: Some(keeper),
+            pid: std::process::id(),
         };
         // SAFETY: checked above.
         unsafe { *out = Box::into_raw(Box::new(session)).cast() };
@@ -92,6 +95,7 @@ pub unsafe extern "C" fn vr_session_attach(fd: i32, out: *mut *mut c_void) -> i6
             shared,
             post: -1,
             wakes: Vec::new(),
+            pid: 0,
         };
         // SAFETY: checked above.
         unsafe { *out = Box::into_raw(Box::new(session)).cast() };
@@ -170,8 +174,7 @@ pub unsafe extern "C" fn vr_session_become_control(
                     .flatten(),
             );
         }
-        let parent = session.shared.record().keeper_pid.load(Ordering::Relaxed);
-        process::become_child(c"rafs-control", parent, &fds);
+        process::become_child(c"rafs-control", session.pid, &fds);
         Ok(0)
     })
 }

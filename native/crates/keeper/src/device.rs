@@ -100,15 +100,27 @@ impl Device {
                 }
             }
             Ok(false) => {}
-            Err(e) => eprintln!("rafs-keeper: no worker can be forked: {e}"),
+            Err(e) => session::say!("rafs-keeper: no worker can be forked: {e}"),
         }
     }
 
+    /// Replaces a worker that makes no progress: what it was serving may be to blame.
     fn replace_stuck(&mut self) {
         if self.slot.kill_stuck() {
             self.count_crash();
         }
         self.spawn_if_needed();
+    }
+
+    /// Replaces a worker that did not answer a command in time. A busy host does that too: no request is blamed.
+    fn replace_silent(&mut self) {
+        self.slot.kill_stuck();
+        self.spawn_if_needed();
+    }
+
+    /// Has the chunks of all parked requests posted again.
+    pub fn repost(&mut self) {
+        self.tell_all(Command::new(Op::Repost, 0), &[]);
     }
 
     fn count_crash(&self) {
@@ -167,13 +179,24 @@ impl Device {
     /// Tells the worker, if there is one; replaces it when it does not answer.
     fn tell(&mut self, command: Command, fds: &[RawFd]) {
         if self.slot.is_running() && self.slot.command(&command, fds).is_none() {
-            self.replace_stuck();
+            self.replace_silent();
         }
     }
 
     fn tell_all(&mut self, command: Command, fds: &[RawFd]) {
         if self.slot.is_running() && !self.slot.command_all(&command, fds) {
-            self.replace_stuck();
+            self.replace_silent();
+        }
+    }
+
+    /// A worker must not go on with a ring that is about to mean something else.
+    fn stop_if_running(&mut self, index: u32) {
+        let running = self
+            .rings
+            .get(index as usize)
+            .is_some_and(|r| r.is_complete() && r.log_valid);
+        if running {
+            self.stop_ring(index as usize);
         }
     }
 
@@ -205,7 +228,7 @@ impl Device {
         match self.slot.command(&command, &fds) {
             // A worker that dies here leaves a log that it has reset, or one that is resumed.
             Some(_) => self.rings[index].log_valid = true,
-            None => self.replace_stuck(),
+            None => self.replace_silent(),
         }
     }
 
@@ -230,9 +253,7 @@ impl Device {
             if base.is_some() || !self.slot.is_running() {
                 break;
             }
-            if self.slot.kill_stuck() {
-                self.count_crash();
-            }
+            self.slot.kill_stuck();
         }
         let base = base.unwrap_or_else(|| self.shared.log(index).next_avail());
         let ring = &mut self.rings[index];
@@ -336,8 +357,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         if num == 0 || !num.is_power_of_two() || num as usize > MAX_QUEUE_SIZE {
             return Err(Error::InvalidParam);
         }
-        let ring = self.ring(index)?;
-        if ring.size != num as u16 {
+        if self.ring(index)?.size != num as u16 {
+            self.stop_if_running(index);
+            let ring = self.ring(index)?;
             ring.size = num as u16;
             ring.log_valid = false;
         }
@@ -364,8 +386,12 @@ impl VhostUserBackendReqHandlerMut for Device {
         }
         let running = ring.is_complete() && ring.log_valid;
         if running {
+            // The ring goes on elsewhere, with the same kick.
+            let kick = ring.kick.take();
             self.stop_ring(index as usize);
-            self.ring(index)?.started = true;
+            let ring = self.ring(index)?;
+            ring.kick = kick;
+            ring.started = true;
         }
         let ring = self.ring(index)?;
         ring.at = at;
@@ -379,9 +405,10 @@ impl VhostUserBackendReqHandlerMut for Device {
         let ring = self.ring(index)?;
         // Only a start exactly where the ring was stopped goes on with the heads in the log.
         if ring.stopped_at != Some(base) {
-            ring.log_valid = false;
+            self.stop_if_running(index);
+            self.ring(index)?.log_valid = false;
         }
-        ring.base = base;
+        self.ring(index)?.base = base;
         Ok(())
     }
 

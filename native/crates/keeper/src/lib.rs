@@ -179,7 +179,9 @@ impl Keeper {
         let record = self.shared.record();
         record.control_pid.store(pid as u32, Ordering::Relaxed);
         record.control_generation.fetch_add(1, Ordering::Relaxed);
-        let pidfd = process::pidfd(pid)?;
+        let pidfd = process::pidfd(pid).inspect_err(|_| {
+            process::kill_and_reap(pid);
+        })?;
         if let Some(control) = self.control.as_mut() {
             control.pid = Some(pid);
             control.pidfd = Some(pidfd);
@@ -189,7 +191,7 @@ impl Keeper {
             self.tell_control(mount_table::frontend(true));
         }
         // Chunks that the old control was asked for are asked for again.
-        self.device().slot.repost();
+        self.device().repost();
         Ok(())
     }
 
@@ -213,14 +215,14 @@ impl Keeper {
                         return Next::ForkControl(std::os::fd::IntoRawFd::into_raw_fd(theirs));
                     }
                     Err(e) => {
-                        eprintln!("rafs-keeper: no socket pair for control: {e}");
+                        session::say!("rafs-keeper: no socket pair for control: {e}");
                         self.exit_code = Some(70);
                         continue;
                     }
                 }
             }
             if let Err(e) = self.wait(now) {
-                eprintln!("rafs-keeper: {e}");
+                session::say!("rafs-keeper: {e}");
                 self.exit_code = Some(70);
             }
         }
@@ -300,13 +302,13 @@ impl Keeper {
             Ok((stream, _)) => stream,
             Err(e) => {
                 if e.kind() != io::ErrorKind::WouldBlock {
-                    eprintln!("rafs-keeper: accept: {e}");
+                    session::say!("rafs-keeper: accept: {e}");
                 }
                 return;
             }
         };
         if let Err(e) = self.take_connection(stream) {
-            eprintln!("rafs-keeper: a front-end cannot be served: {e}");
+            session::say!("rafs-keeper: a front-end cannot be served: {e}");
         }
     }
 
@@ -340,7 +342,7 @@ impl Keeper {
                 connection.spoke = true;
                 let since = *connection.partial_ns.get_or_insert_with(now_ns);
                 if now_ns().saturating_sub(since) > PARTIAL_MESSAGE_NS {
-                    eprintln!(
+                    session::say!(
                         "rafs-keeper: the front-end sent half a message and stopped; the connection is closed"
                     );
                     self.frontend_gone();
@@ -363,7 +365,7 @@ impl Keeper {
                     | VhostError::SocketBroken(_)
                     | VhostError::SocketError(_)
             );
-            eprintln!("rafs-keeper: front-end message: {e}");
+            session::say!("rafs-keeper: front-end message: {e}");
             if fatal {
                 self.frontend_gone();
             }
@@ -411,7 +413,9 @@ impl Keeper {
                         }
                         Ok(false) => {}
                         Err(e) => {
-                            eprintln!("rafs-keeper: control sent a mount that makes no sense: {e}")
+                            session::say!(
+                                "rafs-keeper: control sent a mount that makes no sense: {e}"
+                            )
                         }
                     }
                 }
@@ -419,7 +423,7 @@ impl Keeper {
                 Err(e) => {
                     // The end of the socket: its pidfd tells the rest.
                     if e.kind() != io::ErrorKind::UnexpectedEof {
-                        eprintln!("rafs-keeper: control: {e}");
+                        session::say!("rafs-keeper: control: {e}");
                     }
                     if self.control.as_ref().is_some_and(|c| c.pidfd.is_none()) {
                         self.control = None;
@@ -452,7 +456,7 @@ impl Keeper {
             self.control_pause_ns
         };
         self.control_due_ns = now_ns() + pause;
-        eprintln!(
+        session::say!(
             "rafs-keeper: control ended ({}); what is cached is served on, control starts again in {} ms",
             status.map_or_else(|| "never started".to_owned(), process::describe_status),
             pause / 1_000_000

@@ -22,6 +22,8 @@ use crate::process;
 const ANSWER_MS: i32 = 50;
 /// A worker that dies at once again and again is forked anew after pauses that grow up to this.
 const MAX_PAUSE_NS: u64 = 1_000_000_000;
+/// More answers than that wait only from a worker that wants to keep us busy.
+const MAX_STALE_ANSWERS: usize = 64;
 /// The pause after a worker that did nothing, doubled each time.
 const MIN_PAUSE_NS: u64 = 1_000_000;
 /// Up to here the pause is not made: a few unlucky deaths in a row cost the guest nothing.
@@ -123,6 +125,7 @@ impl WorkerSlot {
                 .busy_since_ns
                 .store(0, Ordering::Relaxed);
         }
+        let keeper = std::process::id();
         // SAFETY: this process has one thread, so the child may do what it likes.
         let pid = unsafe { libc::fork() };
         if pid < 0 {
@@ -138,12 +141,15 @@ impl WorkerSlot {
                 wakes: self.wakes.clone(),
                 post: self.post,
             };
-            run_child(setup);
+            run_child(setup, keeper);
         }
         let record = self.shared.record();
         record.worker_pid.store(pid as u32, Ordering::Relaxed);
         record.worker_generation.fetch_add(1, Ordering::Relaxed);
-        let pidfd = process::pidfd(pid)?;
+        // Without a pidfd its end would go unnoticed, and a second worker would join it.
+        let pidfd = process::pidfd(pid).inspect_err(|_| {
+            process::kill_and_reap(pid);
+        })?;
         self.running = Some(Running {
             pid,
             pidfd,
@@ -171,15 +177,14 @@ impl WorkerSlot {
         fds: &[RawFd],
     ) -> Option<channel::Answer> {
         let socket = self.running.as_ref()?.channels.get(thread)?.as_raw_fd();
+        // An answer that nobody asked for must not be taken for that of this command.
+        for _ in 0..MAX_STALE_ANSWERS {
+            if channel::receive_answer(socket, 0).is_none() {
+                break;
+            }
+        }
         channel::send_command(socket, command, fds).ok()?;
         channel::receive_answer(socket, ANSWER_MS)
-    }
-
-    /// Has the chunks of all parked requests posted again.
-    pub fn repost(&self) {
-        if self.running.is_some() {
-            self.command_all(&Command::new(channel::Op::Repost, 0), &[]);
-        }
     }
 
     /// Ends the worker on purpose.
@@ -197,7 +202,7 @@ impl WorkerSlot {
         };
         let died = process::has_ended(&running.pidfd);
         if !died {
-            eprintln!("rafs-keeper: the worker hangs");
+            session::say!("rafs-keeper: the worker hangs");
             process::kill(running.pid);
         }
         self.reap() || !died
@@ -223,7 +228,7 @@ impl WorkerSlot {
         };
         let crashes = &self.shared.record().worker_crashes;
         crashes.fetch_add(1, Ordering::Relaxed);
-        eprintln!(
+        session::say!(
             "rafs-keeper: the worker ended ({}) and is replaced",
             process::describe_status(status)
         );
@@ -264,7 +269,7 @@ impl WorkerSlot {
 }
 
 /// The child's side of the fork; never returns into the keeper's code.
-fn run_child(setup: Setup) -> ! {
+fn run_child(setup: Setup, keeper: u32) -> ! {
     let mut keep = vec![
         setup.shared.raw_fd(),
         setup.post,
@@ -283,8 +288,7 @@ fn run_child(setup: Setup) -> ! {
             .flat_map(|b| [Some(b.state), Some(b.extents), b.data])
             .flatten(),
     );
-    let parent = setup.shared.record().keeper_pid.load(Ordering::Relaxed);
-    process::become_child(c"rafs-worker", parent, &keep);
+    process::become_child(c"rafs-worker", keeper, &keep);
     let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker::run(setup)))
         .unwrap_or(101);
     // SAFETY: ends the process without running the parent's destructors or Python's exit handlers.

@@ -16,6 +16,7 @@ pub mod clock;
 pub mod failpoint;
 pub mod inflight;
 pub mod rings;
+pub mod say;
 mod shared;
 
 pub use shared::{

@@ -115,7 +115,12 @@ impl Shared {
     /// New shared memory, all zero but for the magic. Only touched pages cost memory.
     pub fn create() -> io::Result<Shared> {
         // SAFETY: a NUL-terminated name; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"rafs-session".as_ptr(), libc::MFD_CLOEXEC) };
+        let fd = unsafe {
+            libc::memfd_create(
+                c"rafs-session".as_ptr(),
+                libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+            )
+        };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -123,6 +128,12 @@ impl Shared {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: plain system call on our descriptor.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size_of::<Layout>() as libc::off_t) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // A worker that a guest has taken over must not be able to cut the file: SIGBUS for everybody.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: plain system call on our descriptor.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
             return Err(io::Error::last_os_error());
         }
         let shared = Shared::map(fd)?;

@@ -145,7 +145,7 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 #[repr(C, align(8))]
 struct ControlBuffer([u8; 64]);
 
-/// Sends `bytes` as one packet with `fds`.
+/// Sends `bytes` as one packet with `fds`. Never blocks: a peer that does not read is a peer that hangs.
 pub fn send_packet(socket: RawFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
     let mut iov = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -176,7 +176,7 @@ pub fn send_packet(socket: RawFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()>
     }
     loop {
         // SAFETY: `msg` is fully initialised.
-        let n = unsafe { libc::sendmsg(socket, &msg, libc::MSG_NOSIGNAL) };
+        let n = unsafe { libc::sendmsg(socket, &msg, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         if n >= 0 {
             return Ok(());
         }

@@ -24,7 +24,7 @@ impl RingThread {
                     let answer = match self.carry_out(&command, fds) {
                         Ok(value) => Answer { status: 0, value },
                         Err(e) => {
-                            eprintln!("rafs-worker: {:?} {}: {e}", command.op, command.queue);
+                            session::say!("rafs-worker: {:?} {}: {e}", command.op, command.queue);
                             Answer {
                                 status: e.raw_os_error().unwrap_or(libc::EINVAL),
                                 value: 0,

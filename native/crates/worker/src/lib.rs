@@ -78,7 +78,7 @@ pub fn run(setup: Setup) -> i32 {
     let mount: &'static mount::Mount = match mount::Mount::open(&setup.mount) {
         Ok(mount) => Box::leak(Box::new(mount)),
         Err(e) => {
-            eprintln!("rafs-worker: the image cannot be mapped: {e}");
+            session::say!("rafs-worker: the image cannot be mapped: {e}");
             return 1;
         }
     };
@@ -90,7 +90,7 @@ pub fn run(setup: Setup) -> i32 {
             .stack_size(256 * 1024)
             .spawn(move || run_thread(index, setup, mount, pool));
         if let Err(e) = spawned {
-            eprintln!("rafs-worker: a ring thread cannot be started: {e}");
+            session::say!("rafs-worker: a ring thread cannot be started: {e}");
             return 1;
         }
     }
@@ -119,7 +119,7 @@ fn run_thread(
     {
         Ok(()) => 0,
         Err(e) => {
-            eprintln!("rafs-worker: ring thread {index}: {e}");
+            session::say!("rafs-worker: ring thread {index}: {e}");
             1
         }
     };

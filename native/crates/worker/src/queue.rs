@@ -183,7 +183,7 @@ impl<'a> Queue<'a> {
 
     fn set_broken(&mut self, why: &str) {
         if !self.broken {
-            eprintln!(
+            session::say!(
                 "rafs-worker: queue {}: the driver broke its ring ({why}); it rests until it is reset",
                 self.index
             );

@@ -259,7 +259,7 @@ impl RingThread {
                 return;
             };
             let bytes = if known.poisonous {
-                eprintln!(
+                session::say!(
                     "rafs-worker: queue {}: a request that was served at three crashes in a row fails",
                     queue.index
                 );
