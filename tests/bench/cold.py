@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,8 +112,21 @@ def add_extras(tree: Path, n_files: int) -> None:
         (folder / f"file-{i:07}").write_text(f"file {i} that nobody reads\n" * 10)
 
 
-def replayed(material: Material) -> dict[str, int]:
-    """Requests and bytes for the blob when a boot-like trace is read without a VM, one READ at a time.
+@attrs.frozen
+class Replay:
+    """What the registry was asked for, in bytes and requests; *contents* are the requests' answers, hashed."""
+
+    image: str
+    metadata: int
+    """Of the bootstrap layer, as it is transferred."""
+    read: int
+    requests: int
+    bytes: int
+    contents: list[str] = attrs.field(repr=False)
+
+
+def replayed(name: str, material: Material) -> Replay:
+    """A boot-like trace is read without a VM, one READ at a time, with an empty cache.
 
     Extra files are not read: the trace is the same for both images.
     """
@@ -125,13 +140,18 @@ def replayed(material: Material) -> dict[str, int]:
         extra = b"/" + _FOLDER_OF_EXTRAS.encode() + b"/"
         sizes = {path: size for path, size in file_sizes(tree).items() if not path.startswith(extra)}
         total = replay(side.fe, tree, boot_like(sizes))
-        ranges = [span for span in sim.ranges(f"sha256:{material.blob_id}") if span is not None]
-    return {
-        "bootstrap": material.bootstrap.stat().st_size,
-        "read": total,
-        "requests": len(ranges),
-        "bytes": sum(last + 1 - first for first, last in ranges),
-    }
+        digest = f"sha256:{material.blob_id}"
+        blob = sim.store.blobs[digest]
+        answers = [blob[span[0] : span[1] + 1] for span in sim.ranges(digest) if span is not None]
+        layers = {r.digest for r in sim.requests("blob", "GET") if r.digest != digest}
+        metadata = sum(len(sim.store.blobs[layer]) for layer in layers)
+    contents = [hashlib.sha256(answer).hexdigest() for answer in answers]
+    return Replay(name, metadata, total, len(answers), sum(map(len, answers)), contents)
+
+
+def in_common(a: Replay, b: Replay) -> int:
+    """How many requests of *b* brought the same bytes as one of *a*."""
+    return (Counter(a.contents) & Counter(b.contents)).total()
 
 
 def compared(results: Sequence[Result]) -> list[list[object]]:
@@ -205,10 +225,12 @@ def cold(
             results = all_boots(bench, materials, rounds)
     document: dict[str, object] = {"boots": [attrs.asdict(each) for each in results]}
     if extra_files:
-        document["replay"] = replays = {name: replayed(each) for name, each in materials.items()}
+        replays = [replayed(name, each) for name, each in materials.items()]
         click.echo("a boot-like trace without a VM")
-        names = list(replays["image"])
-        print_table(["image", *names], [[name, *(r[n] for n in names)] for name, r in replays.items()])
+        head = ["image", "metadata", "read", "requests", "bytes"]
+        print_table(head, [[getattr(each, key) for key in head] for each in replays])
+        click.echo(f"requests that brought the same bytes: {in_common(*replays)} of {replays[0].requests}")
+        document["replay"] = [attrs.asdict(each) for each in replays]
     write_json(json_path, document)
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from guest.registry import Traffic, read_log
 from tests.bench import processes
 from tests.bench.__main__ import main
-from tests.bench.cold import Result, add_extras, compared
+from tests.bench.cold import Replay, Result, add_extras, compared, in_common
 from tests.bench.crash import verdict
 from tests.bench.figures import Spread, percentile, ratios, table, write_json
 from tests.bench.held import Outcome, best
@@ -106,6 +106,11 @@ def test_boots_are_compared_by_image_and_cache() -> None:
     ]
     half, double = "0.50 (0.50 to 0.50)", "2.00 (2.00 to 2.00)"
     assert compared(results) == [["image", "cold", half, half, double], ["image", "warm", half, "", ""]]
+
+
+def test_requests_in_common_are_counted_as_often_as_they_came() -> None:
+    a, b = (Replay("", 0, 0, 3, 3, contents) for contents in (["x", "x", "y"], ["y", "x", "z"]))
+    assert (in_common(a, b), in_common(a, a)) == (2, 3)
 
 
 def test_faults_are_counted_by_what_they_mean_for_a_vm() -> None:
