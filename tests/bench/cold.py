@@ -114,7 +114,7 @@ def add_extras(tree: Path, n_files: int) -> None:
 
 @attrs.frozen
 class Replay:
-    """What the registry was asked for, in bytes and requests; *contents* are the requests' answers, hashed."""
+    """What the registry was asked for: requests and bytes; *contents* are the answers, hashed."""
 
     image: str
     metadata: int
