@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from tests.sim.registry import RegistrySimulator
 
 
-def measured(name: str, back_end: BackEnd, idle_s: float) -> tuple[list[processes.Memory], int]:
-    """Memory of the processes after *idle_s* of rest, and how many bytes were read before."""
+def measured(name: str, back_end: BackEnd, idle_s: float) -> tuple[list[processes.Memory], int, int]:
+    """After *idle_s* of rest: memory of the processes, KiB of all were they alone, bytes read before."""
     with sides.start(name, back_end) as side:
         tree = side.fe.read_tree(content=False, xattrs=False)
         total = replay(side.fe, tree, boot_like(file_sizes(tree)))
         time.sleep(idle_s)
-        return processes.memory(side.pid), total
+        return processes.memory(side.pid), processes.alone_kib(side.pid), total
 
 
 def starters(
@@ -69,7 +69,8 @@ def memory(
 
     All names and attributes are read and about every seventh file, once with an empty cache, once after a
     restart with a warm one. "shared" is the part in shared memory: pages of the guest that a process has
-    touched, which belong to the VMM as well, and tables in memfds. In MiB.
+    touched, which belong to the VMM as well, and tables in memfds. "alone" counts pages of programs and
+    libraries whole that other processes on the machine use, too. In MiB.
     """
     material = prepare(work, tree.resolve() if tree else None)
     results: list[dict[str, object]] = []
@@ -77,18 +78,21 @@ def memory(
     with in_registry(material) as sim, tempfile.TemporaryDirectory(prefix="vr-") as tmp:
         for name, start in starters(material, sim, Path(tmp), virtiofsd, nydusd).items():
             for state in ("cold", "warm"):
-                found, total = measured(name, start(), idle)
-                whole = processes.Memory("together", sum(m.pss for m in found), sum(m.shared for m in found))
-                for each in [*found, *([whole] if len(found) > 1 else [])]:
-                    parts = [kib / 1024 for kib in (each.pss, each.shared, each.own)]
-                    rows.append([name, state, each.name if len(found) > 1 else name, *parts])
+                found, alone, total = measured(name, start(), idle)
+                sums = [sum(getattr(m, key) for m in found) for key in ("pss", "shared", "file")]
+                whole = processes.Memory("together", *sums)
+                for each in [*(found if len(found) > 1 else []), whole]:
+                    parts: list[object] = [kib / 1024 for kib in (each.pss, each.shared, each.own)]
+                    parts.append(f"{alone / 1024:.2f}" if each is whole else "")
+                    rows.append([name, state, each.name, *parts])
                 results.append(
                     {
                         "side": name,
                         "cache": state,
                         "read_bytes": total,
+                        "alone_kib": alone,
                         "kib": [attrs.asdict(m) for m in found],
                     }
                 )
-    print_table(["side", "cache", "process", "PSS", "shared", "without"], rows)
+    print_table(["side", "cache", "process", "PSS", "shared", "without", "alone"], rows)
     write_json(json_path, results)

@@ -29,6 +29,8 @@ class Memory:
     pss: int
     shared: int
     """The part of it in shared memory (Pss_Shmem): pages of the guest that it maps, and tables in memfds."""
+    file: int
+    """The part of it in files (Pss_File): programs and libraries."""
 
     @property
     def own(self) -> int:
@@ -69,7 +71,37 @@ def parse_rollup(name: str, text: str) -> Memory:
     fields = {
         key: value.split()[0] for key, _, value in (line.partition(":") for line in text.splitlines()[1:])
     }
-    return Memory(name, int(fields["Pss"]), int(fields["Pss_Shmem"]))
+    return Memory(name, int(fields["Pss"]), int(fields["Pss_Shmem"]), int(fields["Pss_File"]))
+
+
+def mapped_files(smaps: str) -> dict[tuple[str, str], int]:
+    """KiB in memory of each mapping of a file, by path and offset (Linux, /proc/PID/smaps)."""
+    found: dict[tuple[str, str], int] = {}
+    mapping = None
+    for line in smaps.splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            # range, permissions, offset, device, inode and a path, if there is one
+            mapping = (words[5], words[2]) if len(words) > 5 and words[5].startswith("/") else None
+        elif words[0] == "Rss:" and mapping is not None and not mapping[0].startswith("/memfd:"):
+            found[mapping] = found.get(mapping, 0) + int(words[1])
+    return found
+
+
+def alone_kib(pid: int) -> int:
+    """What *pid* and its descendants would need if nobody else used their programs and libraries.
+
+    PSS counts such pages in part when other processes map them, as this one does, which is Python as well.
+    Here each mapping counts whole, once for the family: an upper bound, as the C library is used anyway.
+    """
+    files: dict[tuple[str, str], int] = {}
+    total = 0
+    for member in family(pid):
+        rollup = parse_rollup("", Path(f"/proc/{member}/smaps_rollup").read_text())
+        total += rollup.pss - rollup.file
+        for mapping, kib in mapped_files(Path(f"/proc/{member}/smaps").read_text()).items():
+            files[mapping] = max(files.get(mapping, 0), kib)
+    return total + sum(files.values())
 
 
 def memory(pid: int) -> list[Memory]:

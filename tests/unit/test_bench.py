@@ -62,9 +62,31 @@ def test_json_holds_the_machine(tmp_path: Path) -> None:
 
 
 def test_a_rollup_is_split_into_own_and_shared_memory() -> None:
-    text = "55-7f ---p 0 00:00 0 [rollup]\nRss: 90 kB\nPss: 70 kB\nPss_Anon: 50 kB\nPss_Shmem: 15 kB\n"
+    text = "55-7f ---p 0 00:00 0 [rollup]\nRss: 90 kB\nPss: 70 kB\nPss_File: 5 kB\nPss_Shmem: 15 kB\n"
     found = processes.parse_rollup("a", text)
     assert (found.pss, found.shared, found.own) == (70, 15, 55)
+
+
+SMAPS = """7f01-7f02 r--p 00000000 fd:00 12 /usr/lib/a.so
+Rss:                  40 kB
+Pss:                   4 kB
+VmFlags: rd mr
+7f02-7f03 r-xp 00001000 fd:00 12 /usr/lib/a.so
+Rss:                   8 kB
+7f03-7f04 rw-p 00000000 00:00 0
+Rss:                 100 kB
+7f04-7f05 rw-s 00000000 00:01 9 /memfd:guest (deleted)
+Rss:                 200 kB
+7ffc-7ffd rw-p 00000000 00:00 0 [stack]
+Rss:                   4 kB
+"""
+
+
+def test_files_in_memory_are_found_among_mappings() -> None:
+    assert processes.mapped_files(SMAPS) == {
+        ("/usr/lib/a.so", "00000000"): 40,
+        ("/usr/lib/a.so", "00001000"): 8,
+    }
 
 
 def test_a_family_has_all_descendants() -> None:
@@ -78,6 +100,7 @@ def test_a_family_has_all_descendants() -> None:
         assert len(processes.family(child.pid)) == 2
         assert all(each.pss > 0 for each in processes.memory(child.pid))
         assert processes.usage(child.pid).cpu_ns > 0
+        assert processes.alone_kib(child.pid) >= sum(each.pss for each in processes.memory(child.pid))
         child.communicate(b"\n")
 
 
