@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from virtiofsd_rafs.native._lib import ffi, lib, raise_for
 
 _BATCH = 256
+# What the rings of all threads hold (native/crates/session/src/rings.rs).
+_MAX_BATCHES = 8 * 1024 // _BATCH
 _STATUS_LEN = 65536
 _MAX_MOUNT_FDS = 2 + 3 * 255
 
@@ -129,12 +131,14 @@ class Session:
 
     def _drain(self, function: Any, buffer: Any, words: int) -> list[list[int]]:
         out: list[list[int]] = []
-        while True:
+        # A worker that a guest has taken over could fill its ring as fast as it is read.
+        for _ in range(_MAX_BATCHES):
             n = raise_for(function(self._handle, buffer, _BATCH))
             flat = ffi.unpack(buffer, n * words)
             out.extend(flat[i : i + words] for i in range(0, len(flat), words))
             if n < _BATCH:
-                return out
+                break
+        return out
 
     def wake(self) -> None:
         """Tell all ring threads that chunks have become ready."""

@@ -5,35 +5,24 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
-use session::{MAX_QUEUE_SIZE, MAX_QUEUES, Shared};
-use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
-};
-use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
-use virtq::{RegionSpec, RingAddresses};
+use session::{MAX_QUEUES, Shared};
+use vhost::vhost_user::{Backend, Error, Result};
+use virtq::RegionSpec;
 use worker::RingSetup;
 use worker::channel::{Command, Op, RingWords};
 
 use crate::ring::Ring;
 use crate::worker_slot::WorkerSlot;
 
-const VIRTIO_RING_F_INDIRECT_DESC: u64 = 1 << 28;
-const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
-const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
-const VIRTIO_F_VERSION_1: u64 = 1 << 32;
-const FEATURES: u64 = VIRTIO_RING_F_INDIRECT_DESC
-    | VIRTIO_RING_F_EVENT_IDX
-    | VHOST_USER_F_PROTOCOL_FEATURES
-    | VIRTIO_F_VERSION_1;
+mod messages;
+#[cfg(test)]
+mod tests;
 
-/// Memory slots offered to the VMM. The number must never shrink between versions or hosts; this one is the limit of
-/// the reference implementation (libvhost-user).
-const MAX_MEM_SLOTS: u64 = 509;
+const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 
 /// The device as the front-end has set it up.
 pub struct Device {
@@ -44,10 +33,6 @@ pub struct Device {
     regions: Vec<(RegionSpec, File)>,
     rings: Vec<Ring>,
     backend: Option<Backend>,
-}
-
-fn unsupported() -> Error {
-    Error::InvalidOperation("not offered by this device")
 }
 
 impl Device {
@@ -92,6 +77,9 @@ impl Device {
         if rings.is_empty() {
             return;
         }
+        for ring in rings.iter().filter(|r| !r.resume) {
+            self.shared.log(ring.queue).disown();
+        }
         let queues: Vec<usize> = rings.iter().map(|r| r.queue).collect();
         match self.slot.spawn(&self.regions, rings) {
             Ok(true) => {
@@ -112,9 +100,12 @@ impl Device {
         self.spawn_if_needed();
     }
 
-    /// Replaces a worker that did not answer a command in time. A busy host does that too: no request is blamed.
+    /// Replaces a worker that did not answer a command in time. A busy host does that too: no request is blamed, unless
+    /// the worker had died by itself.
     fn replace_silent(&mut self) {
-        self.slot.kill_stuck();
+        if self.slot.kill_silent() {
+            self.count_crash();
+        }
         self.spawn_if_needed();
     }
 
@@ -189,17 +180,6 @@ impl Device {
         }
     }
 
-    /// A worker must not go on with a ring that is about to mean something else.
-    fn stop_if_running(&mut self, index: u32) {
-        let running = self
-            .rings
-            .get(index as usize)
-            .is_some_and(|r| r.is_complete() && r.log_valid);
-        if running {
-            self.stop_ring(index as usize);
-        }
-    }
-
     fn start_ring(&mut self, index: usize) {
         let event_idx = self.event_idx();
         let Some(setup) = self.rings[index].setup(index, event_idx) else {
@@ -208,6 +188,10 @@ impl Device {
         if !self.slot.is_running() {
             self.spawn_if_needed();
             return;
+        }
+        if !setup.resume {
+            // Even a worker that dies before it has seen the ring must not leave its predecessor's heads to the next.
+            self.shared.log(index).disown();
         }
         let words = RingWords {
             size: setup.size,
@@ -226,12 +210,12 @@ impl Device {
             words.pack(),
         ]);
         match self.slot.command(&command, &fds) {
-            // A worker that dies here leaves a log that it has reset, or one that is resumed.
             Some(_) => self.rings[index].log_valid = true,
             None => self.replace_silent(),
         }
     }
 
+    /// Stops a ring; its next avail position.
     fn stop_ring(&mut self, index: usize) -> u16 {
         let ring = &self.rings[index];
         if !ring.is_complete() || !ring.log_valid {
@@ -240,20 +224,17 @@ impl Device {
             self.rings[index].started = false;
             return base;
         }
-        let command = Command::new(Op::Stop, index);
         // A dead worker is replaced first: only a worker reads the guest's rings, and it repairs the log.
         let mut base = None;
         for _ in 0..3 {
             self.spawn_if_needed();
-            base = self
-                .slot
-                .command(&command, &[])
-                .filter(|a| a.status == 0)
-                .map(|a| a.value as u16);
+            base = self.slot.stop(index);
             if base.is_some() || !self.slot.is_running() {
                 break;
             }
-            self.slot.kill_stuck();
+            if self.slot.kill_silent() {
+                self.count_crash();
+            }
         }
         let base = base.unwrap_or_else(|| self.shared.log(index).next_avail());
         let ring = &mut self.rings[index];
@@ -264,16 +245,28 @@ impl Device {
         base
     }
 
+    /// Changes what a ring is made of. One that runs is stopped for it, and started again as it is then: VMMs that
+    /// reset a device without GET_VRING_BASE set up a ring that the worker still serves.
+    fn reconfigure(&mut self, index: usize, change: impl FnOnce(&mut Ring)) {
+        let running = self.rings[index].is_complete() && self.rings[index].log_valid;
+        let kick = self.rings[index].kick.take();
+        if running {
+            self.stop_ring(index);
+        }
+        let ring = &mut self.rings[index];
+        ring.kick = kick;
+        ring.started |= running;
+        change(ring);
+        self.start_ring(index);
+    }
+
     fn add_region(&mut self, spec: RegionSpec, file: File) -> Result<()> {
-        if self.regions.iter().any(|(r, _)| r.overlaps(&spec)) {
+        if spec.is_absurd() || self.regions.iter().any(|(r, _)| r.overlaps(&spec)) {
             return Err(Error::InvalidParam);
         }
-        let len = file.metadata().map_err(Error::ReqHandlerError)?.len();
-        if spec
-            .mmap_offset
-            .checked_add(spec.size)
-            .is_none_or(|end| end > len)
-        {
+        let metadata = file.metadata().map_err(Error::ReqHandlerError)?;
+        // Only of a file does the length say what can be mapped.
+        if metadata.is_file() && spec.mmap_offset + spec.size > metadata.len() {
             return Err(Error::ReqHandlerError(io::Error::other(
                 "memory region is longer than its file",
             )));
@@ -283,301 +276,8 @@ impl Device {
     }
 }
 
-fn region_spec(region: &VhostUserMemoryRegion) -> RegionSpec {
-    RegionSpec {
-        guest_addr: region.guest_phys_addr,
-        size: region.memory_size,
-        user_addr: region.user_addr,
-        mmap_offset: region.mmap_offset,
-    }
-}
-
-fn add_command(spec: &RegionSpec) -> Command {
-    Command::new(Op::AddRegion, 0).with([
-        spec.guest_addr,
-        spec.size,
-        spec.user_addr,
-        spec.mmap_offset,
-    ])
-}
-
-impl VhostUserBackendReqHandlerMut for Device {
-    fn set_owner(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn reset_owner(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn reset_device(&mut self) -> Result<()> {
-        for index in 0..self.rings.len() {
-            if self.rings[index].is_complete() {
-                self.stop_ring(index);
-            }
-            self.rings[index].reset();
-        }
-        self.forget_session();
-        Ok(())
-    }
-
-    fn get_features(&mut self) -> Result<u64> {
-        Ok(FEATURES)
-    }
-
-    fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !FEATURES != 0 {
-            return Err(Error::InvalidParam);
-        }
-        self.acked_features = features;
-        Ok(())
-    }
-
-    fn set_mem_table(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<()> {
-        let old = std::mem::take(&mut self.regions);
-        for (region, file) in regions.iter().zip(files) {
-            if let Err(e) = self.add_region(region_spec(region), file) {
-                self.regions = old;
-                return Err(e);
-            }
-        }
-        self.tell_all(Command::new(Op::ClearRegions, 0), &[]);
-        let adds: Vec<(Command, RawFd)> = self
-            .regions
-            .iter()
-            .map(|(spec, file)| (add_command(spec), file.as_raw_fd()))
-            .collect();
-        for (command, fd) in adds {
-            self.tell_all(command, &[fd]);
-        }
-        Ok(())
-    }
-
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        if num == 0 || !num.is_power_of_two() || num as usize > MAX_QUEUE_SIZE {
-            return Err(Error::InvalidParam);
-        }
-        if self.ring(index)?.size != num as u16 {
-            self.stop_if_running(index);
-            let ring = self.ring(index)?;
-            ring.size = num as u16;
-            ring.log_valid = false;
-        }
-        Ok(())
-    }
-
-    fn set_vring_addr(
-        &mut self,
-        index: u32,
-        _flags: VhostUserVringAddrFlags,
-        descriptor: u64,
-        used: u64,
-        available: u64,
-        _log: u64,
-    ) -> Result<()> {
-        let ring = self.ring(index)?;
-        let at = Some(RingAddresses {
-            desc: descriptor,
-            avail: available,
-            used,
-        });
-        if ring.at == at {
-            return Ok(());
-        }
-        let running = ring.is_complete() && ring.log_valid;
-        if running {
-            // The ring goes on elsewhere, with the same kick.
-            let kick = ring.kick.take();
-            self.stop_ring(index as usize);
-            let ring = self.ring(index)?;
-            ring.kick = kick;
-            ring.started = true;
-        }
-        let ring = self.ring(index)?;
-        ring.at = at;
-        ring.log_valid = false;
-        self.start_ring(index as usize);
-        Ok(())
-    }
-
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
-        let ring = self.ring(index)?;
-        // Only a start exactly where the ring was stopped goes on with the heads in the log.
-        if ring.stopped_at != Some(base) {
-            self.stop_if_running(index);
-            self.ring(index)?.log_valid = false;
-        }
-        self.ring(index)?.base = base;
-        Ok(())
-    }
-
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        self.ring(index)?;
-        let base = self.stop_ring(index as usize);
-        Ok(VhostUserVringState::new(index, u32::from(base)))
-    }
-
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let plain = self.acked_features & VHOST_USER_F_PROTOCOL_FEATURES == 0;
-        let ring = self.ring(u32::from(index))?;
-        let was_running = ring.is_complete();
-        ring.kick = fd;
-        ring.started = true;
-        if plain {
-            // Without protocol features there is no SET_VRING_ENABLE: a ring is enabled from the start.
-            ring.enabled = true;
-        }
-        if was_running && self.slot.is_running() {
-            let fd = self.rings[usize::from(index)]
-                .kick
-                .as_ref()
-                .map(AsRawFd::as_raw_fd);
-            self.tell(
-                Command::new(Op::SetKick, usize::from(index)),
-                &Vec::from_iter(fd),
-            );
-        } else {
-            self.start_ring(usize::from(index));
-        }
-        Ok(())
-    }
-
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.ring(u32::from(index))?.call = fd;
-        if self.rings[usize::from(index)].is_complete() {
-            let fd = self.rings[usize::from(index)]
-                .call
-                .as_ref()
-                .map(AsRawFd::as_raw_fd);
-            self.tell(
-                Command::new(Op::SetCall, usize::from(index)),
-                &Vec::from_iter(fd),
-            );
-        }
-        Ok(())
-    }
-
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.ring(u32::from(index))?.err = fd;
-        Ok(())
-    }
-
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::BACKEND_SEND_FD
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE)
-    }
-
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        self.acked_protocol = features;
-        Ok(())
-    }
-
-    fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(MAX_QUEUES as u64)
-    }
-
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        self.ring(index)?.enabled = enable;
-        if self.rings[index as usize].is_complete() {
-            let command =
-                Command::new(Op::Enable, index as usize).with([u64::from(enable), 0, 0, 0]);
-            self.tell(command, &[]);
-        }
-        Ok(())
-    }
-
-    fn get_config(
-        &mut self,
-        _offset: u32,
-        _size: u32,
-        _flags: VhostUserConfigFlags,
-    ) -> Result<Vec<u8>> {
-        Err(unsupported())
-    }
-
-    fn set_config(
-        &mut self,
-        _offset: u32,
-        _buf: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> Result<()> {
-        Err(unsupported())
-    }
-
-    fn set_backend_req_fd(&mut self, backend: Backend) {
-        // Nothing is asked of the VMM; the descriptor is kept so that it does not see a hang-up.
-        self.backend = Some(backend);
-    }
-
-    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
-        Err(unsupported())
-    }
-
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
-        Err(unsupported())
-    }
-
-    fn get_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-    ) -> Result<(VhostUserInflight, File)> {
-        Err(unsupported())
-    }
-
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(unsupported())
-    }
-
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MAX_MEM_SLOTS)
-    }
-
-    fn add_mem_region(&mut self, region: &VhostUserSingleMemoryRegion, fd: File) -> Result<()> {
-        if self.regions.len() as u64 >= MAX_MEM_SLOTS {
-            return Err(Error::InvalidParam);
-        }
-        let spec = region_spec(region);
-        let raw = fd.as_raw_fd();
-        self.add_region(spec, fd)?;
-        self.tell_all(add_command(&spec), &[raw]);
-        Ok(())
-    }
-
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let spec = region_spec(region);
-        let found = self.regions.iter().position(|(r, _)| {
-            r.guest_addr == spec.guest_addr && r.size == spec.size && r.user_addr == spec.user_addr
-        });
-        self.regions.remove(found.ok_or(Error::InvalidParam)?);
-        let command =
-            Command::new(Op::RemoveRegion, 0).with([spec.guest_addr, spec.size, spec.user_addr, 0]);
-        self.tell_all(command, &[]);
-        Ok(())
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
-    ) -> Result<Option<File>> {
-        Err(unsupported())
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
-        Err(unsupported())
-    }
-
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        Err(unsupported())
-    }
-
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(unsupported())
-    }
+/// Whether two regions are the same memory at the same place.
+fn same_region(a: &(RegionSpec, File), b: &(RegionSpec, File)) -> bool {
+    let id = |file: &File| file.metadata().ok().map(|m| (m.dev(), m.ino()));
+    a.0 == b.0 && id(&a.1).is_some() && id(&a.1) == id(&b.1)
 }

@@ -7,12 +7,13 @@
 //! * `device`: the vhost-user device, told by the VMM through the `vhost` crate's message layer;
 //! * `worker_slot`: the current worker: fork, commands, replacement;
 //! * `mount_table`: the image as control hands it over;
-//! * `process`: what every child does first; `poller`: the wait.
+//! * `process`: what every child does first; `stream`: the front-end's socket.
 
 mod device;
 mod mount_table;
 pub mod process;
 mod ring;
+mod stream;
 mod worker_slot;
 
 use std::io;
@@ -27,6 +28,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use device::Device;
 use mount_table::ControlMessage;
+use stream::{MessageState, is_writable, message_state};
 
 /// What the caller has to do when [`Keeper::run`] returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +54,8 @@ const HEARTBEAT_NS: u64 = 5_000_000_000;
 const TICK_MS: i32 = 1000;
 /// A message whose rest does not come within this time breaks the connection.
 const PARTIAL_MESSAGE_NS: u64 = 2_000_000_000;
-/// Bytes of a vhost-user header: request, flags, size.
-const HEADER_LEN: usize = 12;
+/// How long an ending keeper waits for a control that it has killed, in ms.
+const CONTROL_END_MS: i32 = 300;
 /// Control is restarted at once, then ever more slowly, up to this pause.
 const MAX_CONTROL_PAUSE_NS: u64 = 5_000_000_000;
 
@@ -62,6 +64,8 @@ struct Control {
     pid: Option<libc::pid_t>,
     pidfd: Option<OwnedFd>,
     started_ns: u64,
+    /// Since when it has hung up, although it has not ended.
+    hung_up_ns: Option<u64>,
 }
 
 struct Connection {
@@ -211,6 +215,7 @@ impl Keeper {
                             pid: None,
                             pidfd: None,
                             started_ns: now,
+                            hung_up_ns: None,
                         });
                         return Next::ForkControl(std::os::fd::IntoRawFd::into_raw_fd(theirs));
                     }
@@ -259,7 +264,11 @@ impl Keeper {
                     .and_then(|c| c.pidfd.as_ref())
                     .map(AsRawFd::as_raw_fd),
             ),
-            watch(control.map(|c| c.socket.as_raw_fd())),
+            watch(
+                control
+                    .filter(|c| c.hung_up_ns.is_none())
+                    .map(|c| c.socket.as_raw_fd()),
+            ),
             watch(self.connection.as_ref().map(|c| c.fd).filter(|_| !partial)),
             watch(Some(self.listener.as_raw_fd()).filter(|_| self.connection.is_none())),
         ];
@@ -294,7 +303,17 @@ impl Keeper {
             self.accept();
         }
         self.device().tick(HEARTBEAT_NS);
+        self.end_deaf_control();
         Ok(())
+    }
+
+    /// A control that has closed its socket and stays is of no use; its successor is.
+    fn end_deaf_control(&self) {
+        if let Some((pid, since)) = self.control.as_ref().and_then(|c| c.pid.zip(c.hung_up_ns)) {
+            if now_ns().saturating_sub(since) > HEARTBEAT_NS {
+                process::kill(pid);
+            }
+        }
     }
 
     fn accept(&mut self) {
@@ -303,6 +322,8 @@ impl Keeper {
             Err(e) => {
                 if e.kind() != io::ErrorKind::WouldBlock {
                     session::say!("rafs-keeper: accept: {e}");
+                    // Without descriptors the next try fails as fast as this one.
+                    std::thread::sleep(std::time::Duration::from_millis(100));
                 }
                 return;
             }
@@ -333,7 +354,12 @@ impl Keeper {
         let Some(connection) = self.connection.as_mut() else {
             return;
         };
-        match message_state(connection.fd) {
+        let state = match message_state(connection.fd) {
+            // An answer that finds no room would block this loop, signals and all.
+            MessageState::Complete if !is_writable(connection.fd) => MessageState::Partial,
+            state => state,
+        };
+        match state {
             MessageState::Complete => {
                 connection.partial_ns = None;
                 connection.spoke = true;
@@ -343,7 +369,7 @@ impl Keeper {
                 let since = *connection.partial_ns.get_or_insert_with(now_ns);
                 if now_ns().saturating_sub(since) > PARTIAL_MESSAGE_NS {
                     session::say!(
-                        "rafs-keeper: the front-end sent half a message and stopped; the connection is closed"
+                        "rafs-keeper: the front-end sent half a message, or reads no answers; the connection is closed"
                     );
                     self.frontend_gone();
                 }
@@ -421,12 +447,14 @@ impl Keeper {
                 }
                 Ok(None) => return,
                 Err(e) => {
-                    // The end of the socket: its pidfd tells the rest.
                     if e.kind() != io::ErrorKind::UnexpectedEof {
                         session::say!("rafs-keeper: control: {e}");
+                        return;
                     }
-                    if self.control.as_ref().is_some_and(|c| c.pidfd.is_none()) {
-                        self.control = None;
+                    // The end of the socket: its pidfd tells the rest.
+                    match self.control.as_mut().filter(|c| c.pidfd.is_some()) {
+                        Some(control) => control.hung_up_ns = Some(now_ns()),
+                        None => self.control = None,
                     }
                     return;
                 }
@@ -464,56 +492,9 @@ impl Keeper {
     }
 
     fn end_children(&mut self) {
-        self.device().slot.kill();
-        if let Some(pid) = self.control.take().and_then(|c| c.pid) {
-            process::kill_and_reap(pid);
+        self.device().slot.end();
+        if let Some((pid, pidfd)) = self.control.take().and_then(|c| c.pid.zip(c.pidfd)) {
+            process::kill_and_wait(pid, &pidfd, CONTROL_END_MS);
         }
-    }
-}
-
-enum MessageState {
-    Complete,
-    Partial,
-    Closed,
-}
-
-/// Whether a whole vhost-user message can be read: the message layer blocks in the middle of one, and a keeper that
-/// waits for a slow front-end would look after nothing else.
-fn message_state(fd: RawFd) -> MessageState {
-    let mut header = [0u8; HEADER_LEN];
-    // SAFETY: reads at most 12 bytes into our array; MSG_PEEK leaves bytes and descriptors where they are.
-    let n = unsafe {
-        libc::recv(
-            fd,
-            header.as_mut_ptr().cast(),
-            HEADER_LEN,
-            libc::MSG_PEEK | libc::MSG_DONTWAIT,
-        )
-    };
-    if n == 0 {
-        return MessageState::Closed;
-    }
-    if n < 0 {
-        let e = io::Error::last_os_error().raw_os_error();
-        return if e == Some(libc::EAGAIN) || e == Some(libc::EINTR) {
-            MessageState::Partial
-        } else {
-            MessageState::Closed
-        };
-    }
-    if (n as usize) < HEADER_LEN {
-        return MessageState::Partial;
-    }
-    let size = u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize;
-    let mut queued: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one int.
-    if unsafe { libc::ioctl(fd, libc::FIONREAD, &mut queued) } != 0 {
-        return MessageState::Closed;
-    }
-    // An oversized message is refused by the message layer at its header.
-    if size > 4096 || queued as usize >= HEADER_LEN + size {
-        MessageState::Complete
-    } else {
-        MessageState::Partial
     }
 }

@@ -184,3 +184,7 @@ impl MountTable {
         Ok(false)
     }
 }
+
+#[cfg(test)]
+#[path = "mount_table_tests.rs"]
+mod tests;

@@ -89,6 +89,20 @@ pub fn kill_and_reap(pid: libc::pid_t) -> libc::c_int {
     reap(pid)
 }
 
+/// SIGKILL, then waits at most `timeout_ms`: for a caller that ends itself and leaves the rest to init.
+pub fn kill_and_wait(pid: libc::pid_t, pidfd: &OwnedFd, timeout_ms: libc::c_int) {
+    kill(pid);
+    let mut poll = libc::pollfd {
+        fd: pidfd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd that we own.
+    if unsafe { libc::poll(&mut poll, 1, timeout_ms) } > 0 {
+        reap(pid);
+    }
+}
+
 /// A wait status in words.
 pub fn describe_status(status: libc::c_int) -> String {
     if libc::WIFSIGNALED(status) {

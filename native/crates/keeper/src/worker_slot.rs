@@ -3,6 +3,7 @@
 //! Whatever goes wrong with a worker has one remedy: kill it, reap it, fork another from the keeper's state. Nothing
 //! is lost, because everything that a worker must remember lies in shared memory.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -20,6 +21,12 @@ use crate::process;
 /// A worker answers a command within microseconds; one that needs longer hangs. GET_VRING_BASE has to be answered
 /// within 100 ms, replacement included.
 const ANSWER_MS: i32 = 50;
+/// One that is starting maps guest memory and the image first.
+const STARTING_MS: i32 = 1000;
+/// ... unless GET_VRING_BASE waits for it.
+const STARTING_STOP_MS: i32 = 100;
+/// How long an ending keeper waits for a worker that it has killed: one that is stuck in a disk's driver ends without it.
+const END_MS: i32 = 300;
 /// A worker that dies at once again and again is forked anew after pauses that grow up to this.
 const MAX_PAUSE_NS: u64 = 1_000_000_000;
 /// More answers than that wait only from a worker that wants to keep us busy.
@@ -33,6 +40,8 @@ struct Running {
     pid: libc::pid_t,
     pidfd: OwnedFd,
     channels: Vec<OwnedFd>,
+    /// Which threads have answered a command yet.
+    answered: Vec<Cell<bool>>,
     /// Progress of all threads when it was forked.
     progress: u64,
 }
@@ -125,7 +134,8 @@ impl WorkerSlot {
                 .busy_since_ns
                 .store(0, Ordering::Relaxed);
         }
-        let keeper = std::process::id();
+        // Not from shared memory, in which a worker may write.
+        let parent = std::process::id();
         // SAFETY: this process has one thread, so the child may do what it likes.
         let pid = unsafe { libc::fork() };
         if pid < 0 {
@@ -141,18 +151,26 @@ impl WorkerSlot {
                 wakes: self.wakes.clone(),
                 post: self.post,
             };
-            run_child(setup, keeper);
+            run_child(setup, parent);
         }
         let record = self.shared.record();
         record.worker_pid.store(pid as u32, Ordering::Relaxed);
         record.worker_generation.fetch_add(1, Ordering::Relaxed);
-        // Without a pidfd its end would go unnoticed, and a second worker would join it.
         let pidfd = process::pidfd(pid).inspect_err(|_| {
+            // One that cannot be watched must not serve beside the next.
             process::kill_and_reap(pid);
+            record.worker_pid.store(0, Ordering::Relaxed);
         })?;
+        // Its predecessor's silence is not its own.
+        let now = now_ns();
+        for (thread, seen) in self.seen_progress.iter_mut().enumerate() {
+            let progress = &self.shared.thread(thread).progress;
+            *seen = (progress.load(Ordering::Relaxed), now);
+        }
         self.running = Some(Running {
             pid,
             pidfd,
+            answered: ours.iter().map(|_| Cell::new(false)).collect(),
             channels: ours,
             progress: self.progress(),
         });
@@ -161,13 +179,27 @@ impl WorkerSlot {
 
     /// Sends a command to the thread that serves the command's queue. `None`: it did not answer in time.
     pub fn command(&self, command: &Command, fds: &[RawFd]) -> Option<channel::Answer> {
-        let thread = thread_of(command.queue as usize, self.wakes.len());
-        self.command_thread(thread, command, fds)
+        self.command_thread(self.thread_of(command), command, fds, STARTING_MS)
     }
 
     /// Sends a command to every thread; false when one did not answer.
     pub fn command_all(&self, command: &Command, fds: &[RawFd]) -> bool {
-        (0..self.wakes.len()).all(|thread| self.command_thread(thread, command, fds).is_some())
+        (0..self.wakes.len()).all(|thread| {
+            self.command_thread(thread, command, fds, STARTING_MS)
+                .is_some()
+        })
+    }
+
+    /// Stops a queue: its next avail position, or `None` when no worker says so in time.
+    pub fn stop(&self, queue: usize) -> Option<u16> {
+        let command = Command::new(channel::Op::Stop, queue);
+        self.command_thread(self.thread_of(&command), &command, &[], STARTING_STOP_MS)
+            .filter(|answer| answer.status == 0)
+            .map(|answer| answer.value as u16)
+    }
+
+    fn thread_of(&self, command: &Command) -> usize {
+        thread_of(command.queue as usize, self.wakes.len())
     }
 
     fn command_thread(
@@ -175,8 +207,11 @@ impl WorkerSlot {
         thread: usize,
         command: &Command,
         fds: &[RawFd],
+        starting_ms: i32,
     ) -> Option<channel::Answer> {
-        let socket = self.running.as_ref()?.channels.get(thread)?.as_raw_fd();
+        let running = self.running.as_ref()?;
+        let socket = running.channels.get(thread)?.as_raw_fd();
+        let answered = running.answered.get(thread)?;
         // An answer that nobody asked for must not be taken for that of this command.
         for _ in 0..MAX_STALE_ANSWERS {
             if channel::receive_answer(socket, 0).is_none() {
@@ -184,7 +219,14 @@ impl WorkerSlot {
             }
         }
         channel::send_command(socket, command, fds).ok()?;
-        channel::receive_answer(socket, ANSWER_MS)
+        let limit = if answered.get() {
+            ANSWER_MS
+        } else {
+            starting_ms
+        };
+        let answer = channel::receive_answer(socket, limit)?;
+        answered.set(true);
+        Some(answer)
     }
 
     /// Ends the worker on purpose.
@@ -195,17 +237,32 @@ impl WorkerSlot {
         }
     }
 
-    /// Replaces a worker that does not answer or makes no progress. True when what it was doing may be to blame.
-    pub fn kill_stuck(&mut self) -> bool {
-        let Some(running) = &self.running else {
-            return false;
-        };
-        let died = process::has_ended(&running.pidfd);
-        if !died {
-            session::say!("rafs-keeper: the worker hangs");
-            process::kill(running.pid);
+    /// Ends the worker together with the keeper.
+    pub fn end(&mut self) {
+        if let Some(running) = self.running.take() {
+            process::kill_and_wait(running.pid, &running.pidfd, END_MS);
+            self.gone();
         }
-        self.reap() || !died
+    }
+
+    /// Ends a worker that makes no progress. True when what it was doing may be to blame.
+    pub fn kill_stuck(&mut self) -> bool {
+        let died = self
+            .running
+            .as_ref()
+            .is_none_or(|r| process::has_ended(&r.pidfd));
+        self.kill_silent() || !died
+    }
+
+    /// Ends a worker that does not answer. True when it had died of what it was doing: a busy host is no fault of it.
+    pub fn kill_silent(&mut self) -> bool {
+        if let Some(running) = self.running.as_ref() {
+            if !process::has_ended(&running.pidfd) {
+                session::say!("rafs-keeper: the worker hangs");
+                process::kill(running.pid);
+            }
+        }
+        self.reap()
     }
 
     /// Reaps a worker that ended. True when what it was doing may be to blame: a SIGKILL comes from outside.
@@ -269,7 +326,7 @@ impl WorkerSlot {
 }
 
 /// The child's side of the fork; never returns into the keeper's code.
-fn run_child(setup: Setup, keeper: u32) -> ! {
+fn run_child(setup: Setup, parent: u32) -> ! {
     let mut keep = vec![
         setup.shared.raw_fd(),
         setup.post,
@@ -288,7 +345,7 @@ fn run_child(setup: Setup, keeper: u32) -> ! {
             .flat_map(|b| [Some(b.state), Some(b.extents), b.data])
             .flatten(),
     );
-    process::become_child(c"rafs-worker", keeper, &keep);
+    process::become_child(c"rafs-worker", parent, &keep);
     let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker::run(setup)))
         .unwrap_or(101);
     // SAFETY: ends the process without running the parent's destructors or Python's exit handlers.

@@ -143,11 +143,6 @@ impl GuestMemory {
         }
     }
 
-    /// Unmaps everything.
-    pub fn clear(&mut self) {
-        self.regions.clear();
-    }
-
     /// Host address and length of the longest run from guest address `addr` that lies in one region, at most `len`.
     #[inline]
     pub fn translate(&self, addr: u64, len: u64) -> Option<(*mut u8, u64)> {

@@ -12,8 +12,6 @@ pub enum Op {
     AddRegion = 1,
     /// Unmap a region: args guest address, size, user address.
     RemoveRegion = 2,
-    /// Unmap all regions.
-    ClearRegions = 3,
     /// Start or replace a ring: args desc, avail, used, packed numbers (see [`RingWords`]); fds kick, call.
     SetRing = 4,
     /// Replace the call fd: fd, or none.
@@ -34,7 +32,6 @@ impl Op {
         [
             AddRegion,
             RemoveRegion,
-            ClearRegions,
             SetRing,
             SetCall,
             SetKick,

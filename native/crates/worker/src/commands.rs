@@ -62,10 +62,6 @@ impl RingThread {
                 }
                 self.remap();
             }
-            Op::ClearRegions => {
-                self.server.mem.clear();
-                self.remap();
-            }
             Op::SetRing => {
                 let words = RingWords::unpack(args[3]);
                 let kick = if words.has_kick { fds.next() } else { None };

@@ -236,7 +236,7 @@ impl Fuzz {
                 let Some(thread) = self.thread.as_mut() else {
                     return;
                 };
-                self.bench.clear_memory(thread);
+                self.bench.remove_memory(thread);
                 turn(thread);
                 self.bench.add_memory(thread);
             }
@@ -364,7 +364,7 @@ fn proper_drivers_get_every_answer_once() {
                     assert_eq!(fuzz.bench.set_ring(thread, &setup).status, 0);
                 }
                 2 => {
-                    fuzz.bench.clear_memory(thread);
+                    fuzz.bench.remove_memory(thread);
                     turn(thread);
                     fuzz.bench.add_memory(thread);
                 }

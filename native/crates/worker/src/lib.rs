@@ -100,9 +100,8 @@ pub fn run(setup: Setup) -> i32 {
 /// A thread that panics would leave queues unserved, or reads that nobody ends: the process ends with it, and its
 /// successor goes on from the log.
 fn end_with_any_thread() {
-    let tell = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        tell(info);
+    std::panic::set_hook(Box::new(|info| {
+        session::say!("rafs-worker: {info}");
         std::process::abort();
     }));
 }

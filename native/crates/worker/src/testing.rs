@@ -224,9 +224,12 @@ impl Bench {
         channel::receive_answer(self.keeper.as_raw_fd(), 0).expect("an answer")
     }
 
-    pub fn clear_memory(&self, thread: &mut RingThread) {
-        let answer = self.tell(thread, &Command::new(Op::ClearRegions, 0), &[]);
-        assert_eq!(answer.status, 0);
+    pub fn remove_memory(&self, thread: &mut RingThread) {
+        for (spec, _) in self.guest.regions() {
+            let args = [spec.guest_addr, spec.size, spec.user_addr, 0];
+            let command = Command::new(Op::RemoveRegion, 0).with(args);
+            assert_eq!(self.tell(thread, &command, &[]).status, 0);
+        }
     }
 
     pub fn add_memory(&self, thread: &mut RingThread) {

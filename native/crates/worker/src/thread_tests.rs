@@ -59,7 +59,7 @@ fn nothing_is_lost_while_memory_is_away() {
     let mut thread = bench.thread(vec![ring(&driver, 1)]);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
-    bench.clear_memory(&mut thread);
+    bench.remove_memory(&mut thread);
     bench.blobs[1].store(0, 9);
     bench.request(&mut driver, 1, 2, &get_attr(&bench), 0x1000);
     for _ in 0..3 {
@@ -83,7 +83,7 @@ fn what_the_pool_has_read_is_served_once_memory_is_back() {
     let mut thread = bench.thread(vec![ring(&driver, 1)]);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
-    bench.clear_memory(&mut thread);
+    bench.remove_memory(&mut thread);
     let served = |thread: &RingThread| thread.queues[0].backlog.len();
     while served(&thread) == 0 {
         turn(&mut thread);
