@@ -127,6 +127,32 @@ mod tests {
         assert_eq!(name(b"abc\0d"), Some(&b"abc"[..]));
     }
 
+    /// Every parser takes every length, and looks at no byte beyond what it needs.
+    #[test]
+    fn any_bytes_of_any_length_are_parsed_or_refused() {
+        let mut state = 9u64;
+        for len in 0..200 {
+            for _ in 0..20 {
+                let args: Vec<u8> = (0..len)
+                    .map(|_| {
+                        state = state
+                            .wrapping_mul(6_364_136_223_846_793_005)
+                            .wrapping_add(1);
+                        (state >> 60) as u8 * 17
+                    })
+                    .collect();
+                assert_eq!(InHeader::parse(&args).is_some(), len >= IN_HEADER_LEN);
+                assert_eq!(InitIn::parse(&args).is_some(), len >= 8);
+                assert_eq!(ReadIn::parse(&args).is_some(), len >= 20);
+                assert_eq!(LseekIn::parse(&args).is_some(), len >= 20);
+                assert_eq!(xattr_size(&args).is_some(), len >= 4);
+                if let Some(name) = name(&args) {
+                    assert!(!name.is_empty() && !name.contains(&0) && name.len() < len);
+                }
+            }
+        }
+    }
+
     #[test]
     fn flags2_counts_only_with_init_ext() {
         let mut args = [0u8; 64];
