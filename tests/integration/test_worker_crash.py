@@ -46,6 +46,8 @@ def test_every_failpoint_cold(start, point: str, action: int, skip: int) -> None
     for _ in range(4):
         served.collect(served.random_reads(rng))
     assert served.session.armed_failpoint() == 0, "the failpoint was never passed"
+    # The last reply may have been sent by the worker that died just after it: the keeper has yet to reap it.
+    served.wait_for(lambda: served.worker()["generation"] > before)
     assert served.worker()["generation"] == before + 1
     served.check_ring()
 
@@ -63,6 +65,9 @@ def test_every_failpoint_warm(start, point: str) -> None:
         served.wait_for(
             lambda: served.session.armed_failpoint() == 0 or served.collect(served.random_reads(rng))
         )
+        # Behind "signalled" nothing waits for the successor: without this the next failpoint could be armed, and the
+        # crashes be counted, before the keeper has reaped the worker.
+        served.wait_for(lambda crashes=skip + 1: served.worker()["crashes"] >= crashes)
     assert served.worker()["crashes"] == 6
     served.check_ring()
 
