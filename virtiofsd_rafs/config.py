@@ -17,6 +17,8 @@ from virtiofsd_rafs.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from virtiofsd_rafs.backends.config import BackendConfig
+
 Pull = Literal["missing", "always", "never"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -85,6 +87,8 @@ class ServeConfig:
     cache_dir: Path | None = None
     """None: no disk, memory only."""
     blob_dir: Path | None = None
+    blob_source: BackendConfig | None = None
+    """Where the blobs are, whatever the image says; None: where the image comes from."""
     pull: Pull = attrs.field(default="missing", validator=_one_of(*PULLS))
     io_deadline_s: float = attrs.field(
         default=DEFAULT_IO_DEADLINE_S, converter=float, validator=_between(1.0, MAX_IO_DEADLINE_S)

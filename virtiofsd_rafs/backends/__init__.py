@@ -1,4 +1,6 @@
-"""Where blobs come from: a registry or a directory. The only modules that speak HTTP to the outside.
+"""Where blobs come from: a registry, a directory, an object store, a web server.
+
+The only modules that speak HTTP to the outside.
 
 ``open_source`` imports a back-end when it is first needed, because aiohttp costs some 100 ms.
 """

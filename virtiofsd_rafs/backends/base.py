@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import attrs
 
 from virtiofsd_rafs.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from virtiofsd_rafs.registry.secret import Secret
+
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}")
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@attrs.frozen(kw_only=True)
+class CredentialUpdate:
+    """New credentials for a source that is in use; None leaves what there is."""
+
+    registry_auth: Secret | None = None
+    """base64 of ``user:password``."""
+    registry_token: Secret | None = None
+    proxy_url: Secret | None = None
+    """May hold user and password."""
+    access_key_id: str | None = None
+    access_key_secret: Secret | None = None
+    security_token: Secret | None = None
+    """Of S3 or OSS; an empty one takes it away."""
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A source whose credentials can be renewed while it is in use."""
+
+    def renew(self, update: CredentialUpdate) -> None:
+        """Uses *update* from the next request on; what does not concern this source is ignored."""
+        ...
 
 
 class BlobSource(Protocol):
