@@ -36,6 +36,7 @@ from virtiofsd_rafs.runtime.metrics import (
     Sample,
     Stalls,
     render,
+    runs_of,
 )
 from virtiofsd_rafs.runtime.mount import Mounted, seal_bootstrap
 from virtiofsd_rafs.runtime.view import View
@@ -199,12 +200,12 @@ async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage
         r.mount()
         fourth, second = nodeid_of(image, b"file003"), nodeid_of(image, b"file001")
         r.view.metrics.fetched(record(nodeid=fourth), 4096)
-        r.view.metrics.fetched(record(nodeid=second, attempt=2, result="backend.unreachable"), 0)
+        r.view.metrics.fetched(record(nodeid=second, reason="prefetch", result="backend.unreachable"), 0)
         r.session.traces = [Trace(second, 0, 4096, 100, 500), Trace(1 << 40, 4096, 4096, 100, 900)]
         status = await r.get_json("/api/v1/status")
         assert [(f["path"], f["reason"]) for f in status["fetch_log"]] == [
             ("/file003", "demand"),
-            ("/file001", "retry"),
+            ("/file001", "prefetch"),
         ]
         assert status["fetch_log"][0]["blob_id"] == image.blob_id
         assert [(s["path"], s["offset"]) for s in status["stalls"]["slowest"]] == [
@@ -228,6 +229,30 @@ async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage
         f"node {1 << 40}",
     ):
         assert expected in text
+
+
+async def test_trace(image: MadeImage, tmp_path: Path) -> None:
+    async with rig(image, tmp_path) as r:
+        assert (await r.get_json("/api/v1/trace"))["fetches"] == []
+        r.mount()
+        second = nodeid_of(image, b"file001")
+        runs = runs_of(
+            [(4, "demand"), (5, "read-ahead"), (6, "read-ahead"), (9, "read-ahead"), (2, "demand")]
+        )
+        r.view.metrics.fetched(record(nodeid=second, runs=runs, source="registry"), 4096)
+        r.view.metrics.fetched(record(nodeid=0, reason="fill"), 4096)
+        r.session.traces = [Trace(second, 0, 4096, 100, 500), Trace(second, 4096, 4096, 100, 200)]
+        trace = await r.get_json("/api/v1/trace")
+    assert trace["blobs"] == [{"id": image.blob_id, "size": len(image.blob)}]
+    assert 0 == trace["mounted_at_ns"] == trace["first_init_ns"] < trace["now_ns"]
+    first, other = trace["fetches"]
+    assert (first["path"], first["source"], first["reason"]) == ("/file001", "registry", "demand")
+    assert first["chunks"] == [[4, "demand"], *([n, "read-ahead"] for n in (5, 6, 9)), [2, "demand"]]
+    assert (other["path"], other["reason"], other["chunks"]) == ("", "fill", [])
+    assert [(stall["path"], stall["offset"]) for stall in trace["stalls"]] == [
+        ("/file001", 0),
+        ("/file001", 4096),
+    ]
 
 
 async def test_errors_are_json(image: MadeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import attrs
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}")
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}")
+
+# Who answered the call of this task: "registry", "local", a mirror's host:port. A source sets it when it has
+# the bytes, for the log of fetches; it is no secret and no URL.
+ANSWERED_BY: ContextVar[str] = ContextVar("answered_by", default="")
 
 
 @attrs.frozen(kw_only=True)

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from virtiofsd_rafs.backends.base import check_range, file_name
+from virtiofsd_rafs.backends.base import ANSWERED_BY, check_range, file_name
 from virtiofsd_rafs.errors import AuthError, BackendError, BadReply, NotFound, Unreachable
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class LocalDirSource:
         A file that ends before the range is a BadReply: it may still be on its way here.
         """
         check_range(offset, length)
-        return await asyncio.to_thread(self._read, file_name(blob_id), offset, length)
+        data = await asyncio.to_thread(self._read, file_name(blob_id), offset, length)
+        ANSWERED_BY.set("local")
+        return data
 
     async def blob_size(self, blob_id: str) -> int:
         """See BlobSource."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virtiofsd_rafs.backends.base import check_range, sha256_digest
+from virtiofsd_rafs.backends.base import ANSWERED_BY, check_range, sha256_digest
 from virtiofsd_rafs.backends.client import RegistryClient
 from virtiofsd_rafs.backends.credentials import load_docker_config
 from virtiofsd_rafs.backends.http import PROGRESS_TIMEOUT_S, HttpClient
@@ -45,7 +45,9 @@ class OciSource:
     async def read_range(self, blob_id: str, offset: int, length: int) -> bytes:
         """See BlobSource."""
         check_range(offset, length)
-        return await self._client.read_range(sha256_digest(blob_id), offset, length)
+        data = await self._client.read_range(sha256_digest(blob_id), offset, length)
+        ANSWERED_BY.set("registry")
+        return data
 
     async def blob_size(self, blob_id: str) -> int:
         """See BlobSource."""

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import click
 
+from virtiofsd_rafs.cli._params import Size, format_size
 from virtiofsd_rafs.config import (
     DEFAULT_AMPLIFY,
     DEFAULT_CONNECTIONS,
     DEFAULT_IO_DEADLINE_S,
     DEFAULT_SPILL_SIZE,
     LOG_LEVELS,
+    MAX_AMPLIFY,
+    MIN_SPILL_SIZE,
     PULLS,
     ServeConfig,
     default_api_socket,
@@ -59,17 +62,21 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     help="Seconds that a guest's request may wait for its data before it fails with EIO.",
 )
 @click.option(
-    "--amplify", type=int, default=DEFAULT_AMPLIFY, show_default=True, help="Bytes a fetch may span."
+    "--amplify",
+    type=Size(0, MAX_AMPLIFY),
+    default=DEFAULT_AMPLIFY,
+    show_default=format_size(DEFAULT_AMPLIFY),
+    help="Bytes a fetch may span.",
 )
 @click.option(
     "--connections", type=int, default=DEFAULT_CONNECTIONS, show_default=True, help="Fetches at once."
 )
 @click.option(
     "--spill-size",
-    type=int,
+    type=Size(MIN_SPILL_SIZE),
     default=DEFAULT_SPILL_SIZE,
-    show_default=True,
-    help="Bytes of memory that stand in when the cache disk is missing or full.",
+    show_default=format_size(DEFAULT_SPILL_SIZE),
+    help="Memory that stands in when the cache disk is missing or full.",
 )
 @click.option("--keep", is_flag=True, help="Listen again when the VMM has gone, instead of ending.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from virtiofsd_rafs.backends.base import ANSWERED_BY
 from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
 from virtiofsd_rafs.native.store import OK, OUTCOME_NAMES, trim
-from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls
+from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls, runs_of
 from virtiofsd_rafs.runtime.planner import Fetch, Key, Origin, Planner, Posted
 
 if TYPE_CHECKING:
@@ -334,4 +335,7 @@ class Agent:
             nodeid=origin.nodeid,
             file_offset=origin.file_offset,
             result=result,
+            reason=fetch.reason,
+            runs=runs_of(fetch.reasons()),
+            source=ANSWERED_BY.get(),
         )

@@ -39,6 +39,15 @@ def make_app(view: View) -> web.Application:
             await asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)
         return _json(view.status())
 
+    async def trace(_: web.Request) -> web.Response:
+        loop = asyncio.get_running_loop()
+        nodes = view.nodes()
+        if nodes:
+            await loop.run_in_executor(None, view.name_nodes, nodes)
+        gather = view.trace()
+        text = await loop.run_in_executor(None, lambda: _dumps(gather()))
+        return web.Response(text=text, content_type="application/json")
+
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
@@ -54,6 +63,7 @@ def make_app(view: View) -> web.Application:
     app = web.Application(middlewares=[_errors_as_json])
     app.router.add_get("/api/v1/daemon", daemon)
     app.router.add_get("/api/v1/status", status)
+    app.router.add_get("/api/v1/trace", trace)
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)

@@ -16,10 +16,26 @@ if TYPE_CHECKING:
 
 # Upper bounds of the fetch duration histogram, in seconds.
 FETCH_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-# Fetches that the log remembers: more than a boot of any image makes, in less than half a megabyte.
-LOG_LEN = 1024
+# Fetches and stalls that the logs remember: more than a boot of any image makes, in a few megabytes.
+LOG_LEN = 4096
+STALL_LOG_LEN = 4096
 # Stalls that are kept with their files.
 SLOWEST_LEN = 64
+
+
+Run = tuple[int, int, str]
+"""First chunk, number of chunks, reason: neighbours in a fetch have mostly consecutive numbers."""
+
+
+def runs_of(chunks: Iterable[tuple[int, str]]) -> tuple[Run, ...]:
+    """*chunks* (number, reason) without the repetition."""
+    runs: list[Run] = []
+    for chunk, reason in chunks:
+        if runs and runs[-1][0] + runs[-1][1] == chunk and runs[-1][2] == reason:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, reason)
+        else:
+            runs.append((chunk, 1, reason))
+    return tuple(runs)
 
 
 class FetchRecord(NamedTuple):
@@ -39,12 +55,24 @@ class FetchRecord(NamedTuple):
     file_offset: int
     result: str
     """"ok", or the msgid of what went wrong."""
+    reason: str = "demand"
+    """Why it was started: demand, prefetch, fill."""
+    runs: tuple[Run, ...] = ()
+    """Its chunks with the reason of each: demand, read-ahead, prefetch, fill."""
+    source: str = ""
+    """Who answered: registry, local, a mirror's host:port. Empty when nobody did."""
+
+    @property
+    def chunks(self) -> tuple[tuple[int, str], ...]:
+        """Number and reason of each chunk, by their place in the blob."""
+        return tuple((first + i, reason) for first, n, reason in self.runs for i in range(n))
 
 
 class Stalls:
-    """Requests that had to wait for data: how many, how long, and the longest ones."""
+    """Requests that had to wait for data: how many, how long, the latest and the longest ones."""
 
     def __init__(self) -> None:
+        self.log: deque[Trace] = deque(maxlen=STALL_LOG_LEN)
         self.count = 0
         self.total_ns = 0
         self._heap: list[tuple[int, int, Trace]] = []
@@ -55,6 +83,7 @@ class Stalls:
             stall_ns = max(0, trace.done_ns - trace.parked_ns)
             self.count += 1
             self.total_ns += stall_ns
+            self.log.append(trace)
             # The number keeps equal stalls from being compared any further.
             entry = (stall_ns, self.count, trace)
             if len(self._heap) < SLOWEST_LEN:

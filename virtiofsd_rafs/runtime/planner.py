@@ -125,6 +125,13 @@ class Fetch:
     started: float
     attempt: int
     """1 for the first try."""
+    reason: str = "demand"
+    demanded: frozenset[int] = frozenset()
+    """Chunks that somebody waited for when it was planned; the others were read ahead."""
+
+    def reasons(self) -> list[tuple[int, str]]:
+        """Why each of its chunks was fetched."""
+        return [(c, "demand" if c in self.demanded else "read-ahead") for c in self.chunks]
 
     @property
     def origin(self) -> Origin:
@@ -418,6 +425,7 @@ class Planner:
             wants=wants,
             started=now,
             attempt=want.attempts + 1,
+            demanded=frozenset(wants),
         )
         self._fetches[fetch.fetch_id] = fetch
         for number in chunks:

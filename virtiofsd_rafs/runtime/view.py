@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,24 @@ import attrs
 
 from virtiofsd_rafs import __version__
 from virtiofsd_rafs.native.store import paths
-from virtiofsd_rafs.runtime.metrics import Metrics, Sample, render
+from virtiofsd_rafs.runtime.metrics import Metrics, Sample, Stalls, render
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtiofsd_rafs.config import ServeConfig
-    from virtiofsd_rafs.native.session import Session
+    from virtiofsd_rafs.native.session import Session, Trace
     from virtiofsd_rafs.runtime.agent import Agent
+    from virtiofsd_rafs.runtime.metrics import FetchRecord
     from virtiofsd_rafs.runtime.mount import Mounted
 
 # States as nydusd names them.
 INIT = "INIT"
 READY = "READY"
 RUNNING = "RUNNING"
+
+# The status shows so many of the latest fetches; the trace has them all.
+_STATUS_FETCHES = 1024
 
 
 class View:
@@ -80,7 +87,7 @@ class View:
     def nodes(self) -> list[int]:
         """Nodes that the status mentions and whose names are not known yet."""
         seen = {record.nodeid for record in self.metrics.log}
-        seen.update(trace.nodeid for trace in self._stalls())
+        seen.update(trace.nodeid for trace in self._stalls().log)
         return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
 
     def name_nodes(self, nodeids: list[int]) -> None:
@@ -91,11 +98,11 @@ class View:
             found = paths(bootstrap, nodeids)
         self._names.update({nodeid: found.get(nodeid, "") for nodeid in nodeids})
 
-    def _stalls(self) -> list[Any]:
+    def _stalls(self) -> Stalls:
         if self._agent is None:
-            return []
+            return Stalls()
         self._agent.stalls.add(self._session.trace())
-        return self._agent.stalls.slowest()
+        return self._agent.stalls
 
     def status(self) -> dict[str, Any]:
         """Everything: session, processes, queues, image, cache, traffic, log of fetches, longest stalls.
@@ -156,26 +163,55 @@ class View:
             }
         return status
 
-    def _fetch_log(self) -> list[dict[str, Any]]:
+    def trace(self) -> Callable[[], dict[str, Any]]:
+        """What was fetched, why, and who waited, in order: the material of reports.
+
+        The result puts it together in a thread, out of copies: it may be hundreds of thousands of chunks.
+        Times are CLOCK_MONOTONIC in ns, 0 for what has not happened.
+        """
+        session = self._session.status().get("session", {})
+        mounted = self._mounted
+        ids = mounted.blob_ids if mounted is not None else {}
+        sizes = mounted.image.blob_sizes if mounted is not None else {}
+        head = {
+            "image": mounted.image.name if mounted is not None else self._config.image,
+            "mounted_at_ns": session.get("mounted_ns", 0),
+            "first_init_ns": session.get("init_ns", 0),
+            "now_ns": time.monotonic_ns(),
+            "blobs": [{"id": blob_id, "size": sizes.get(blob_id)} for blob_id in ids.values()],
+        }
+        records, stalls = list(self.metrics.log), list(self._stalls().log)
+
+        def gather() -> dict[str, Any]:
+            fetches = [self._fetch(record) | {"chunks": record.chunks} for record in records]
+            return head | {"fetches": fetches, "stalls": [self._stall(trace) for trace in stalls]}
+
+        return gather
+
+    def _fetch(self, record: FetchRecord) -> dict[str, Any]:
         ids = self._mounted.blob_ids if self._mounted is not None else {}
-        return [
-            {
-                "reason": "demand" if record.attempt == 1 else "retry",
-                "blob_id": ids.get(record.blob_index, ""),
-                "path": self._names.get(record.nodeid, ""),
-                **record._asdict(),
-            }
-            for record in self.metrics.log
-        ]
+        shown = record._asdict()
+        del shown["runs"]
+        return shown | {
+            "blob_id": ids.get(record.blob_index, ""),
+            "path": self._names.get(record.nodeid, ""),
+        }
+
+    def _stall(self, trace: Trace) -> dict[str, Any]:
+        return {"path": self._names.get(trace.nodeid, ""), **trace._asdict()}
+
+    def _fetch_log(self) -> list[dict[str, Any]]:
+        latest = islice(self.metrics.log, max(0, len(self.metrics.log) - _STATUS_FETCHES), None)
+        return [self._fetch(record) for record in latest]
 
     def _stall_report(self) -> dict[str, Any]:
         if self._agent is None:
             return {"count": 0, "total_ns": 0, "slowest": []}
-        slowest = [{"path": self._names.get(trace.nodeid, ""), **trace._asdict()} for trace in self._stalls()]
+        stalls = self._stalls()
         return {
-            "count": self._agent.stalls.count,
-            "total_ns": self._agent.stalls.total_ns,
-            "slowest": slowest,
+            "count": stalls.count,
+            "total_ns": stalls.total_ns,
+            "slowest": [self._stall(trace) for trace in stalls.slowest()],
         }
 
     def prometheus(self) -> str:
