@@ -93,6 +93,4 @@ def test_a_registry_that_is_down(tree: Path, monkeypatch: pytest.MonkeyPatch) ->
         reference = f"127.0.0.1:{unused.getsockname()[1]}/app:1"
         result = CliRunner().invoke(cli.cli, ["inspect", "--plain-http", reference])
     assert result.exception is not None
-    assert "no connection: Connection refused (does the registry run at that address?)" in str(
-        result.exception
-    )
+    assert "no connection: Connection refused (does the server run at that address?)" in str(result.exception)

@@ -18,6 +18,7 @@ import aiohttp
 from yarl import URL
 
 from virtiofsd_rafs import __version__
+from virtiofsd_rafs.backends.config import DEFAULT_CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from virtiofsd_rafs.errors import (
     BackendError,
     BackendTimeout,
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from virtiofsd_rafs.backends.config import HttpOptions
     from virtiofsd_rafs.registry.secret import Secret
 
-# Two lost SYNs (1 s + 2 s) may pass; a dead host is known before a guest's patience is used up.
-CONNECT_TIMEOUT_S = 5.0
-# A pull-through cache may need this long to its first byte.
-PROGRESS_TIMEOUT_S = 15.0
+# Bounds for those who configure nothing, by the names that fit here.
+CONNECT_TIMEOUT_S = DEFAULT_CONNECT_TIMEOUT_S
+PROGRESS_TIMEOUT_S = DEFAULT_TIMEOUT_S
 # What must arrive within each PROGRESS_TIMEOUT_S of a body: a trickle is no progress.
 MIN_PROGRESS = 32 << 10
 # The tiny bodies of redirects and 401 are drained for this long, so that the connection can be used again.
@@ -57,6 +58,8 @@ class HttpClient:
         connections: bound for all hosts together.
         connect_timeout_s: for TCP and TLS together.
         progress_timeout_s: without (enough) bytes.
+        options: more certificates, whether to check any, and time-outs instead of those above.
+        unix_socket: where to connect to, whatever host a URL names.
     """
 
     def __init__(
@@ -66,8 +69,16 @@ class HttpClient:
         connections: int = 8,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+        options: HttpOptions | None = None,
+        unix_socket: Path | None = None,
     ) -> None:
-        self._ca_file = ca_file
+        self._ca_files = [] if ca_file is None else [ca_file]
+        self._check_certificates = True
+        if options is not None:
+            self._ca_files += options.ca_files
+            self._check_certificates = not options.skip_verify
+            connect_timeout_s, progress_timeout_s = options.connect_timeout_s, options.timeout_s
+        self._unix_socket = unix_socket
         self._connections = connections
         self._progress_timeout_s = progress_timeout_s
         self._timeout = aiohttp.ClientTimeout(
@@ -110,7 +121,7 @@ class HttpClient:
     def _get_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections),
+                connector=self._connector(),
                 timeout=self._timeout,
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -120,18 +131,26 @@ class HttpClient:
             )
         return self._session
 
+    def _connector(self) -> aiohttp.BaseConnector:
+        if self._unix_socket is not None:
+            return aiohttp.UnixConnector(os.fspath(self._unix_socket), limit=self._connections)
+        return aiohttp.TCPConnector(limit=self._connections)
+
     def _tls_context(self) -> ssl.SSLContext:
         # Loading the system's certificates costs some 20 ms: not for those who speak plain http.
         if self._tls is None:
             context = ssl.create_default_context()
-            if self._ca_file is not None:
+            for ca_file in self._ca_files:
                 try:
-                    context.load_verify_locations(self._ca_file)
+                    context.load_verify_locations(ca_file)
                 except (OSError, ssl.SSLError) as e:
                     raise ConfigError(
-                        f"--ca-file {self._ca_file}: no certificates in it ({e.strerror or e})",
+                        f"--ca-file {ca_file}: no certificates in it ({e.strerror or e})",
                         remedy="it has to be a PEM file",
                     ) from e
+            if not self._check_certificates:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
             self._tls = context
         return self._tls
 
@@ -248,7 +267,7 @@ def _translate(error: Exception, where: str) -> BackendError:
     if isinstance(error, aiohttp.ClientConnectorError):
         # asyncio puts words of its own, and a Python tuple, where the system's text was.
         why = os.strerror(error.errno) if error.errno else str(error.os_error)
-        return Unreachable(f"{where}: no connection: {why}", remedy="does the registry run at that address?")
+        return Unreachable(f"{where}: no connection: {why}", remedy="does the server run at that address?")
     if isinstance(error, aiohttp.ClientResponseError):
         return BadReply(f"{where}: the server does not speak HTTP as it should")
     if isinstance(error, (aiohttp.InvalidURL, ValueError)):
