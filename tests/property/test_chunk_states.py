@@ -61,7 +61,7 @@ chunk_sets = st.lists(chunks, min_size=1, max_size=N_CHUNKS, unique=True)
 
 def served(store: Store) -> dict[int, bytes]:
     """What a worker would answer with, chunk by chunk."""
-    state, extents, data = store.share(0)
+    state, extents, touched, data = store.share(0)
     spill = store.share_spill()
     out = {}
     try:
@@ -76,7 +76,7 @@ def served(store: Store) -> dict[int, bytes]:
             elif place:
                 out[chunk] = os.pread(spill, size, ((place & (1 << 40) - 1) - 1) * 4096)
     finally:
-        for fd in (state, extents, data, spill):
+        for fd in (state, extents, touched, data, spill):
             if fd is not None:
                 os.close(fd)
     return out

@@ -32,7 +32,7 @@ class Mount(NamedTuple):
 
     bootstrap: int
     spill: int
-    blobs: list[tuple[int, int, int | None]]
+    blobs: list[tuple[int, int, int, int | None]]
 
     def states(self, blob: int = 0) -> list[int]:
         """The state of each chunk, as a worker sees it."""
@@ -99,8 +99,8 @@ class Control:
         for index in range(words[2]):
             got, fds = self.receive()
             assert got[:3] == (MOUNT_BLOB, 0, index)
-            state, extents, *data = fds
-            blobs.append((state, extents, data[0] if data else None))
+            state, extents, touched, *data = fds
+            blobs.append((state, extents, touched, data[0] if data else None))
         assert self.receive() == ((MOUNT_COMMIT, 0, 0, 0), [])
         return Mount(bootstrap, spill, blobs)
 
@@ -147,7 +147,9 @@ def test_a_warm_image_is_mounted_and_served(image: MadeImage, tmp_path: Path) ->
     assert os.pread(mount.bootstrap, 1 << 20, 0) == image.bootstrap
     seals = fcntl.fcntl(mount.bootstrap, fcntl.F_GET_SEALS)
     assert seals == fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    for fd in (mount.bootstrap, mount.spill, *mount.blobs[0]):
+    state, extents, touched, data = mount.blobs[0]
+    assert fcntl.fcntl(touched, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    for fd in (mount.bootstrap, mount.spill, state, extents, data):
         assert fd is not None
         assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     c.keeper.send(_MESSAGE.pack(FRONTEND, 1, 0, 0))
@@ -155,8 +157,6 @@ def test_a_warm_image_is_mounted_and_served(image: MadeImage, tmp_path: Path) ->
     while mount.states().count(3) < 2:
         c.woken()
     assert [chunk for chunk, state in enumerate(mount.states()) if state == 3] == [2, 4]
-    data = mount.blobs[0][2]
-    assert data is not None
     info = image.chunks[4]
     assert os.pread(data, info.uncompressed_size, info.uncompressed_offset) == image.plain[4]
     status = fetch_status(c.api_path)
@@ -240,7 +240,7 @@ def test_a_cache_folder_that_cannot_be_made_is_no_reason_to_fail(image: MadeImag
     (tmp_path / "file").touch()
     c = start(image, tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
     mount = c.mounted()
-    assert mount.blobs[0][2] is None
+    assert mount.blobs[0][3] is None
     c.post(1)
     c.woken()
     assert mount.spilled()[:3] == [False, True, False]

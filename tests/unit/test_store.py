@@ -165,7 +165,7 @@ def test_another_boot_verifies_again(image: MadeImage, cache: Path) -> None:
 
 def test_memory_stands_in_for_the_disk(image: MadeImage) -> None:
     with open_store(image, None) as store:
-        assert store.share(0)[2] is None
+        assert store.share(0)[3] is None
         store.ingest(0, 0, image.blob, everything(image))
         stats = store.stats()
         assert stats.spill_chunks == len(image.chunks) == store.states(0).spilled
@@ -191,7 +191,7 @@ def test_a_successor_takes_over(image: MadeImage, cache: Path) -> None:
         assert [view.ready(chunk) for chunk in range(4)] == [True, False, False, True]
         assert second.ingest(0, 0, image.blob, [1]) == bytes([OK])
         assert second.stats().spill_chunks == 3
-    for fd in (*fds[:2], spill):
+    for fd in (*fds[:3], spill):
         os.close(fd)
 
 
@@ -201,16 +201,18 @@ def test_tables_of_another_image_are_not_taken_over(tmp_path: Path, image: MadeI
         open_store(other, None) as first,
         Store(image.bootstrap, cache_dir=None, spill_size=MIB) as second,
     ):
-        state, extents, _ = first.share(0)
+        state, extents, touched, _ = first.share(0)
         with pytest.raises(CacheError):
-            second.adopt_blob(0, state, extents, None)
-        os.close(state)
-        os.close(extents)
+            second.adopt_blob(0, state, extents, touched, None)
+        for fd in (state, extents, touched):
+            os.close(fd)
 
 
 def test_workers_get_descriptors_that_they_cannot_write(image: MadeImage, cache: Path) -> None:
     with open_store(image, cache) as store:
-        fds = [*store.share(0), store.share_spill()]
+        state, extents, touched, data = store.share(0)
+        os.close(touched)
+        fds = [state, extents, data, store.share_spill()]
         for fd in fds:
             assert fd is not None
             with pytest.raises(OSError, match="Bad file descriptor"):
@@ -393,3 +395,22 @@ def test_chunk_information_can_come_from_the_blob(fixture_image: tuple[bytes, by
             store.set_chunk_info(0, meta[:-1], meta_file=True)
         with pytest.raises(BadImage):
             store.set_chunk_info(0, blob[8314:8346], digests=b"short")
+
+
+def test_touched_chunks_are_counted(image: MadeImage, cache: Path) -> None:
+    with open_store(image, cache) as store:
+        assert store.touched_counts(0) == (0, 0, 0)
+        _, _, touched, _ = fds = store.share(0)
+        os.pwrite(touched, b"\1\2", 2)  # as a worker does
+        assert bytes(store.touched(0)) == bytes([0, 0, 1, 2]) + bytes(len(image.chunks) - 4)
+        two = image.chunks[2:4]
+        assert store.touched_counts(0) == (
+            2,
+            sum(chunk.compressed_size for chunk in two),
+            sum(chunk.uncompressed_size for chunk in two),
+        )
+        with pytest.raises(OSError, match="Operation not permitted"):
+            os.ftruncate(touched, 0)
+        for fd in fds:
+            assert fd is not None
+            os.close(fd)

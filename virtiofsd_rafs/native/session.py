@@ -17,7 +17,7 @@ _BATCH = 256
 # What the rings of all threads hold (native/crates/session/src/rings.rs).
 _MAX_BATCHES = 8 * 1024 // _BATCH
 _STATUS_LEN = 65536
-_MAX_MOUNT_FDS = 2 + 3 * 255
+_MAX_MOUNT_FDS = 2 + 4 * 255
 
 # What a failpoint does (native/crates/session/src/failpoint.rs, which also numbers the points).
 KILL, HANG, ABORT = 1, 2, 3
@@ -49,6 +49,7 @@ class BlobFds(NamedTuple):
 
     state: int
     extents: int
+    touched: int
     data: int | None
 
 
@@ -153,7 +154,8 @@ class Session:
         if n == 0:
             return None
         fds = ffi.unpack(buffer, n)
-        blobs = [BlobFds(s, e, d if d >= 0 else None) for s, e, d in zip(*[iter(fds[2:])] * 3, strict=True)]
+        per_blob = zip(*[iter(fds[2:])] * 4, strict=True)
+        blobs = [BlobFds(s, e, t, data if data >= 0 else None) for s, e, t, data in per_blob]
         return MountFds(fds[0], fds[1], blobs)
 
     def status(self) -> dict[str, Any]:

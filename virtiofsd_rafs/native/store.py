@@ -68,6 +68,14 @@ class StateCounts(NamedTuple):
     spilled: int
 
 
+class TouchedCounts(NamedTuple):
+    """Chunks of a blob from which reads were answered; stored bytes are what a back-end delivers."""
+
+    n_chunks: int
+    stored_bytes: int
+    plain_bytes: int
+
+
 class StoreStats(NamedTuple):
     """Use of the memory that stands in for the cache disk, and refusals of that disk."""
 
@@ -143,6 +151,7 @@ class Store:
     ) -> None:
         self._handle = ffi.NULL  # which every call answers with an error
         self._views: dict[int, ChunkView] = {}
+        self._touched: dict[int, memoryview] = {}
         self._on_disk: dict[int, bool] = {}
         if boot_id is not None and len(boot_id) != 16:
             raise ValueError("a boot id has 16 bytes")
@@ -167,7 +176,10 @@ class Store:
         """Frees the store and invalidates its views. No other thread may be in a call."""
         for view in self._views.values():
             view.release()
+        for touched in self._touched.values():
+            touched.release()
         self._views.clear()
+        self._touched.clear()
         handle, self._handle = self._handle, ffi.NULL
         lib.vr_store_free(handle)
 
@@ -220,11 +232,11 @@ class Store:
         self._on_disk[index] = bool(raise_for(lib.vr_store_open_blob(self._handle, index)))
         return self._on_disk[index]
 
-    def adopt_blob(self, index: int, state: int, extents: int, data: int | None) -> bool:
+    def adopt_blob(self, index: int, state: int, extents: int, touched: int, data: int | None) -> bool:
         """Takes over the tables behind a predecessor's descriptors, which stay the caller's."""
         fd = -1 if data is None else data
         self._on_disk[index] = bool(
-            raise_for(lib.vr_store_adopt_blob(self._handle, index, state, extents, fd))
+            raise_for(lib.vr_store_adopt_blob(self._handle, index, state, extents, touched, fd))
         )
         return self._on_disk[index]
 
@@ -232,17 +244,20 @@ class Store:
         """Takes over a predecessor's spill, after all its blobs."""
         raise_for(lib.vr_store_adopt_spill(self._handle, fd))
 
-    def share(self, index: int) -> tuple[int, int, int | None]:
-        """Read-only descriptors (states, extents, data file) for a worker; the caller closes them."""
-        out = ffi.new("int32_t[]", 3)
+    def share(self, index: int) -> tuple[int, int, int, int | None]:
+        """Descriptors (states, extents, touched, data file) for a worker; the caller closes them.
+
+        All are read-only but that of the touched table.
+        """
+        out = ffi.new("int32_t[]", 4)
         raise_for(lib.vr_store_share(self._handle, index, out))
-        return out[0], out[1], out[2] if out[2] >= 0 else None
+        return out[0], out[1], out[2], out[3] if out[3] >= 0 else None
 
     def share_spill(self) -> int:
         """A read-only descriptor of the spill; the caller closes it."""
         return raise_for(lib.vr_store_share_spill(self._handle))
 
-    def _array(self, index: int, which: int, fmt: Literal["I", "Q"]) -> memoryview:
+    def _array(self, index: int, which: int, fmt: Literal["B", "I", "Q"]) -> memoryview:
         out = ffi.new("void **")
         n = raise_for(lib.vr_store_array(self._handle, index, which, out))
         raw: memoryview = memoryview(ffi.buffer(out[0], n)) if n else memoryview(b"")
@@ -260,6 +275,26 @@ class Store:
                 self._on_disk.get(index, False),
             )
         return view
+
+    def touched(self, index: int) -> memoryview:
+        """One byte per chunk of an open blob: not 0 when a read was answered from it. Valid until close.
+
+        Read in place. 1: since the last look of the eviction, 2: before that.
+        """
+        view = self._touched.get(index)
+        if view is None:
+            view = self._touched[index] = self._array(index, lib.VR_STORE_TOUCHED, "B").toreadonly()
+        return view
+
+    def touched_counts(self, index: int) -> TouchedCounts:
+        """How many chunks, and how many of their bytes, reads were answered from."""
+        touched, view = self.touched(index), self.chunks(index)
+        chunks = [chunk for chunk, byte in enumerate(touched) if byte]
+        return TouchedCounts(
+            n_chunks=len(chunks),
+            stored_bytes=sum(view.lengths[chunk] for chunk in chunks),
+            plain_bytes=sum(view.size(chunk) for chunk in chunks),
+        )
 
     def ingest(self, index: int, base: int, data: bytes, chunks: Sequence[int]) -> bytes:
         """Decodes, verifies and publishes *chunks* out of *data*, which starts at byte *base* of the blob.

@@ -67,7 +67,7 @@ def main(session: Session, keeper: socket.socket, api: socket.socket, config: Se
 
 
 def _raise_nofile() -> None:
-    """Three descriptors for each of up to 255 blobs, and as many again while they are handed over."""
+    """Four descriptors for each of up to 255 blobs, and as many again while they are handed over."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

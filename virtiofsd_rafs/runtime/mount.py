@@ -180,7 +180,7 @@ class Mounter:
             if len(fds.blobs) != store.n_blobs:
                 raise CacheError(f"{len(fds.blobs)} blobs are mounted, the image has {store.n_blobs}")
             for index, blob in enumerate(fds.blobs):
-                store.adopt_blob(index, blob.state, blob.extents, blob.data)
+                store.adopt_blob(index, blob.state, blob.extents, blob.touched, blob.data)
             store.adopt_spill(fds.spill)
         except CacheError as e:
             _log.warning("the predecessor's tables cannot be taken over (%s): mounting anew", e)

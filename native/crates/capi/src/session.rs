@@ -170,7 +170,7 @@ pub unsafe extern "C" fn vr_session_become_control(
                 mount
                     .blobs
                     .iter()
-                    .flat_map(|b| [Some(b.state), Some(b.extents), b.data])
+                    .flat_map(|b| [Some(b.state), Some(b.extents), Some(b.touched), b.data])
                     .flatten(),
             );
         }
@@ -271,7 +271,7 @@ pub unsafe extern "C" fn vr_session_wake(handle: *mut c_void) -> i64 {
     })
 }
 
-/// Descriptors of the mounted image into `out`: bootstrap, spill, then state, extents, data (or -1) per blob. Returns
+/// Descriptors of the mounted image into `out`: bootstrap, spill, then state, extents, touched, data (or -1) per blob. Returns
 /// their number, 0 when nothing is mounted.
 ///
 /// # Safety
@@ -286,7 +286,12 @@ pub unsafe extern "C" fn vr_session_mount(handle: *mut c_void, out: *mut i32, ma
         };
         let mut fds = vec![mount.bootstrap, mount.spill];
         for blob in &mount.blobs {
-            fds.extend([blob.state, blob.extents, blob.data.unwrap_or(-1)]);
+            fds.extend([
+                blob.state,
+                blob.extents,
+                blob.touched,
+                blob.data.unwrap_or(-1),
+            ]);
         }
         if fds.len() > max as usize {
             return Err(Failure::new(

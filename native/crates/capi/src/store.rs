@@ -28,6 +28,8 @@ pub const VR_STORE_SIZE: u32 = 2;
 pub const VR_STORE_STATE_WORDS: u32 = 3;
 /// `which` of [`vr_store_array`]: 32 bytes per chunk, the shared extents.
 pub const VR_STORE_EXTENTS: u32 = 4;
+/// `which` of [`vr_store_array`]: one byte per chunk, not 0 when a read was answered from it.
+pub const VR_STORE_TOUCHED: u32 = 5;
 
 struct Handle {
     promise: Promise,
@@ -281,6 +283,7 @@ pub unsafe extern "C" fn vr_store_adopt_blob(
     index: u32,
     state: i32,
     extents: i32,
+    touched: i32,
     data: i32,
 ) -> i64 {
     guard(|| {
@@ -290,11 +293,12 @@ pub unsafe extern "C" fn vr_store_adopt_blob(
             .promise
             .spec(index as usize)
             .map_err(|e| Failure::new(VR_E_BAD_IMAGE, format!("blob: {e}")))?;
-        // SAFETY: promised by the caller, for all three descriptors.
+        // SAFETY: promised by the caller, for all four descriptors.
         let fds = unsafe {
             TableFds {
                 state: borrow_fd(state)?,
                 extents: borrow_fd(extents)?,
+                touched: borrow_fd(touched)?,
                 data: if data < 0 {
                     None
                 } else {
@@ -324,25 +328,26 @@ pub unsafe extern "C" fn vr_store_adopt_spill(handle: *const c_void, fd: i32) ->
     })
 }
 
-/// Writes read-only descriptors of state file, extent table and data file (-1: none) of blob `index` to `out`; they
-/// are the caller's to close.
+/// Writes descriptors of state file, extent table, touched table and data file (-1: none) of blob `index` to `out`, for
+/// a worker: read-only, except the third. They are the caller's to close.
 ///
 /// # Safety
-/// `handle` must be a store, `out` valid for three numbers.
+/// `handle` must be a store, `out` valid for four numbers.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vr_store_share(handle: *const c_void, index: u32, out: *mut i32) -> i64 {
     guard(|| {
         // SAFETY: promised by the caller.
-        let (handle, out) = unsafe { (shared(handle)?, slice_mut(out, 3)?) };
+        let (handle, out) = unsafe { (shared(handle)?, slice_mut(out, 4)?) };
         let blob = handle
             .store
             .blob(index as usize)
             .ok_or_else(|| invalid("this blob is not open"))?;
-        let (state, extents, data) = blob.tables.share()?;
+        let fds = blob.tables.share()?;
         out.copy_from_slice(&[
-            state.into_raw_fd(),
-            extents.into_raw_fd(),
-            data.map_or(-1, IntoRawFd::into_raw_fd),
+            fds.state.into_raw_fd(),
+            fds.extents.into_raw_fd(),
+            fds.touched.into_raw_fd(),
+            fds.data.map_or(-1, IntoRawFd::into_raw_fd),
         ]);
         Ok(0)
     })
@@ -411,6 +416,10 @@ pub unsafe extern "C" fn vr_store_array(
                     tables.extents().len() - at,
                 )
             }
+            VR_STORE_TOUCHED => (
+                tables.touched().as_ptr().cast_const().cast(),
+                tables.count() as usize,
+            ),
             _ => return Err(invalid("no such array")),
         };
         if out.is_null() {

@@ -15,6 +15,8 @@
 //!
 //! Extent table: a 64-byte header {magic u64, version u32, chunk_count u32}, then 32 bytes per chunk
 //! {data_offset u64, size u32, flags u32, spill u64, reserved u64}.
+//!
+//! Touched table: one byte per chunk, without a header (see [`TOUCHED_NOW`]).
 
 /// First word of a state file ("VRCHSTAT").
 pub const STATE_MAGIC: u64 = u64::from_le_bytes(*b"VRCHSTAT");
@@ -64,6 +66,12 @@ pub const fn next_word(word: u32, state: u32) -> u32 {
 /// Extent flag: the image refers to this chunk and promises its size.
 pub const EXTENT_VALID: u32 = 1;
 
+/// Touched bit that workers set when they have answered a read from the chunk, and the agent takes away when it looks
+/// which chunks are in use.
+pub const TOUCHED_NOW: u8 = 1;
+/// Touched bit that the agent leaves where it took [`TOUCHED_NOW`] away: a byte that is not 0 was touched at some time.
+pub const TOUCHED_BEFORE: u8 = 2;
+
 /// Spill offsets are counted in units of this many bytes.
 pub const SPILL_UNIT: u64 = 4096;
 /// Number of low bits of a spill word that hold the offset; the generation stands above and is never 0.
@@ -88,6 +96,11 @@ pub const fn split_spill(word: u64) -> Option<(u32, u64)> {
 /// Bytes of a state file for `count` chunks.
 pub const fn state_len(count: u32) -> usize {
     STATE_HEADER + count as usize * 4
+}
+
+/// Bytes of a touched table for `count` chunks. A mapping has at least one byte.
+pub const fn touched_len(count: u32) -> usize {
+    if count == 0 { 1 } else { count as usize }
 }
 
 /// Bytes of an extent table for `count` chunks.

@@ -1,10 +1,11 @@
 //! Chunk states, extents, decoding and verification: what the agent writes and the worker reads.
 //!
-//! Per blob there are three objects, all shared between processes by file descriptor:
+//! Per blob there are four objects, all shared between processes by file descriptor:
 //!
 //! * the **state file**: one atomic word per chunk, [`layout`] names the bits; only [`layout::VERIFIED`] may be served;
 //! * the **data file**: the blob's uncompressed address space, sparse;
-//! * the **extent table**: where a chunk's bytes lie, and whether the daemon's spill memfd stands in for the data file.
+//! * the **extent table**: where a chunk's bytes lie, and whether the daemon's spill memfd stands in for the data file;
+//! * the **touched table**: from which chunks reads were answered.
 //!
 //! Publishing order: bytes first, then (release) the state or spill word. A reader takes a word (acquire), copies
 //! the bytes, and looks at the same word again: [`BlobView::locate`] and [`BlobView::unchanged`]. The writer is
@@ -27,5 +28,5 @@ pub use mapping::Mapping;
 pub use paths::paths;
 pub use spill::SpillStats;
 pub use store::{Blob, Outcome, StateCounts, Store, TableFds};
-pub use tables::{BootId, Tables, kernel_boot_id};
+pub use tables::{BootId, SharedFds, Tables, kernel_boot_id};
 pub use view::{BlobView, Extent, Location, Source};

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
 /// A `MAP_SHARED` mapping of the first `len` bytes of a file. Other processes may change it at any time, so it
 /// hands out atomics and copies, never references to plain bytes.
@@ -76,6 +76,15 @@ impl Mapping {
     /// Start of the mapping, for callers that hand it across the C ABI.
     pub fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
+    }
+
+    /// The byte at `offset`; `None` outside the mapping. Store to it only when the mapping is writable.
+    pub fn u8_at(&self, offset: usize) -> Option<&AtomicU8> {
+        if offset >= self.len {
+            return None;
+        }
+        // SAFETY: inside the mapping; atomics may alias shared memory.
+        Some(unsafe { &*self.base.as_ptr().add(offset).cast::<AtomicU8>() })
     }
 
     /// The 32-bit word at byte `offset`; `None` outside the mapping or unaligned. Store to it only when the mapping is

@@ -67,6 +67,7 @@ pub struct Store {
 pub struct TableFds<'a> {
     pub state: BorrowedFd<'a>,
     pub extents: BorrowedFd<'a>,
+    pub touched: BorrowedFd<'a>,
     pub data: Option<BorrowedFd<'a>>,
 }
 
@@ -128,7 +129,7 @@ impl Store {
             .blobs
             .get(index)
             .ok_or_else(|| bad("blob index out of range"))?;
-        let tables = Tables::adopt(&spec, &spec.map_digest(), fds.state, fds.extents, fds.data)?;
+        let tables = Tables::adopt(&spec, &spec.map_digest(), fds)?;
         let has_data = tables.data().is_some();
         slot.set(Blob { spec, tables })
             .map_err(|_| bad("this blob is open already"))?;

@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::layout::{
     ABSENT, EXTENT_HEADER, EXTENT_MAGIC, EXTENT_SIZE, EXTENT_VALID, FETCHING, PRESENT,
-    STATE_HEADER, STATE_MAGIC, VERIFIED, VERSION, extent_len, next_word, state_header, state_len,
-    state_of,
+    STATE_HEADER, STATE_MAGIC, TOUCHED_BEFORE, TOUCHED_NOW, VERIFIED, VERSION, extent_len,
+    next_word, state_header, state_len, state_of, touched_len,
 };
 use crate::mapping::Mapping;
 use crate::spec::{BlobSpec, CHUNK_VALID};
+use crate::store::TableFds;
 use crate::sys;
 use crate::view::map_table;
 
@@ -41,9 +42,11 @@ pub fn kernel_boot_id() -> io::Result<BootId> {
 pub struct Tables {
     states: Arc<Mapping>,
     extents: Arc<Mapping>,
+    touched: Mapping,
     count: u32,
     state_fd: File,
     extent_fd: File,
+    touched_fd: File,
     data: Option<File>,
 }
 
@@ -236,6 +239,21 @@ fn make_extents(spec: &BlobSpec) -> io::Result<(File, Mapping)> {
     Ok((file, map))
 }
 
+fn make_touched(count: u32) -> io::Result<(File, Mapping)> {
+    let file = sys::sealed_memfd(c"rafs-touched", touched_len(count) as u64)?;
+    let map = Mapping::new(file.as_fd(), touched_len(count), true)?;
+    Ok((file, map))
+}
+
+/// The descriptors of one blob's tables, shared with a worker. Only the touched table may be written by it.
+#[derive(Debug)]
+pub struct SharedFds {
+    pub state: OwnedFd,
+    pub extents: OwnedFd,
+    pub touched: OwnedFd,
+    pub data: Option<OwnedFd>,
+}
+
 impl Tables {
     /// Tables whose states and data live in `dir` and are shared with every other daemon that uses it.
     pub fn on_disk(
@@ -263,12 +281,15 @@ impl Tables {
             }
         };
         let (extent_fd, extents) = make_extents(spec)?;
+        let (touched_fd, touched) = make_touched(spec.count() as u32)?;
         Ok(Tables {
             states: Arc::new(pair.states),
             extents: Arc::new(extents),
+            touched,
             count: spec.count() as u32,
             state_fd: pair.state,
             extent_fd,
+            touched_fd,
             data: Some(pair.data),
         })
     }
@@ -284,27 +305,26 @@ impl Tables {
         make_state(&state_fd, spec, map_digest, boot_id, 0)?;
         let states = Mapping::new(state_fd.as_fd(), state_len(count), true)?;
         let (extent_fd, extents) = make_extents(spec)?;
+        let (touched_fd, touched) = make_touched(count)?;
         Ok(Tables {
             states: Arc::new(states),
             extents: Arc::new(extents),
+            touched,
             count,
             state_fd,
             extent_fd,
+            touched_fd,
             data: None,
         })
     }
 
     /// The tables that a predecessor made and a worker has mapped. Errors when they are not for this promise.
-    pub fn adopt(
-        spec: &BlobSpec,
-        map_digest: &[u8; 32],
-        state: BorrowedFd<'_>,
-        extents: BorrowedFd<'_>,
-        data: Option<BorrowedFd<'_>>,
-    ) -> io::Result<Tables> {
-        let state_fd = File::from(sys::reopen(state, libc::O_RDWR)?);
-        let extent_fd = File::from(sys::reopen(extents, libc::O_RDWR)?);
-        let data = data
+    pub fn adopt(spec: &BlobSpec, map_digest: &[u8; 32], fds: TableFds<'_>) -> io::Result<Tables> {
+        let state_fd = File::from(sys::reopen(fds.state, libc::O_RDWR)?);
+        let extent_fd = File::from(sys::reopen(fds.extents, libc::O_RDWR)?);
+        let touched_fd = File::from(sys::reopen(fds.touched, libc::O_RDWR)?);
+        let data = fds
+            .data
             .map(|fd| sys::reopen(fd, libc::O_RDWR))
             .transpose()?
             .map(File::from);
@@ -331,24 +351,51 @@ impl Tables {
         if count as usize != spec.count() || extent_count != count {
             return Err(invalid("the tables to adopt have another number of chunks"));
         }
+        let touched = Mapping::new(touched_fd.as_fd(), touched_len(count), true)?;
         Ok(Tables {
             states: Arc::new(states),
             extents: Arc::new(extents),
+            touched,
             count,
             state_fd,
             extent_fd,
+            touched_fd,
             data,
         })
     }
 
-    /// Read-only descriptors of state file, extent table and data file for a worker.
-    pub fn share(&self) -> io::Result<(OwnedFd, OwnedFd, Option<OwnedFd>)> {
+    /// Descriptors for a worker: read-only, except that of the touched table.
+    pub fn share(&self) -> io::Result<SharedFds> {
         let read = |file: &File| sys::reopen(file.as_fd(), libc::O_RDONLY);
-        Ok((
-            read(&self.state_fd)?,
-            read(&self.extent_fd)?,
-            self.data.as_ref().map(read).transpose()?,
-        ))
+        Ok(SharedFds {
+            state: read(&self.state_fd)?,
+            extents: read(&self.extent_fd)?,
+            touched: sys::reopen(self.touched_fd.as_fd(), libc::O_RDWR)?,
+            data: self.data.as_ref().map(read).transpose()?,
+        })
+    }
+
+    /// The mapped touched table.
+    pub fn touched(&self) -> &Mapping {
+        &self.touched
+    }
+
+    /// Whether a worker has answered a read from `chunk` since the last call for it: the clock's hand. That it was
+    /// touched at some time stays visible.
+    pub fn take_touched(&self, chunk: u32) -> bool {
+        let Some(byte) = self
+            .touched
+            .u8_at(chunk as usize)
+            .filter(|_| chunk < self.count)
+        else {
+            return false;
+        };
+        let taken = byte.load(Ordering::Relaxed) & TOUCHED_NOW != 0;
+        if taken {
+            // A worker that marks it in between is one read late: the chunk was in use anyway.
+            byte.store(TOUCHED_BEFORE, Ordering::Relaxed);
+        }
+        taken
     }
 
     /// Number of chunks.

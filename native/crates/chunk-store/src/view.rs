@@ -5,10 +5,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
 use crate::layout::{
-    EXTENT_HEADER, EXTENT_MAGIC, EXTENT_SIZE, EXTENT_VALID, STATE_HEADER, STATE_MAGIC, VERIFIED,
-    VERSION, extent_len, split_spill, state_header, state_len, state_of,
+    EXTENT_HEADER, EXTENT_MAGIC, EXTENT_SIZE, EXTENT_VALID, STATE_HEADER, STATE_MAGIC, TOUCHED_NOW,
+    VERIFIED, VERSION, extent_len, split_spill, state_header, state_len, state_of, touched_len,
 };
 use crate::mapping::Mapping;
+use crate::tables::SharedFds;
 
 /// Which file holds the bytes of an [`Extent`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,15 +43,17 @@ pub enum Location {
     Ready(Extent),
 }
 
-/// State and extent tables of one blob, mapped read-only.
+/// State and extent tables of one blob, mapped read-only, and its touched table.
 #[derive(Debug)]
 pub struct BlobView {
     states: Mapping,
     extents: Mapping,
+    touched: Mapping,
     count: u32,
     data: Option<OwnedFd>,
     _state_fd: OwnedFd,
     _extent_fd: OwnedFd,
+    _touched_fd: OwnedFd,
 }
 
 fn header_count(map: &Mapping, magic: u64, what: &str) -> io::Result<u32> {
@@ -87,8 +90,14 @@ pub(crate) fn map_table(
 }
 
 impl BlobView {
-    /// Maps the tables behind `state` and `extents`. Errors when magic, version, sizes or counts do not fit.
-    pub fn open(state: OwnedFd, extents: OwnedFd, data: Option<OwnedFd>) -> io::Result<BlobView> {
+    /// Maps the tables behind `fds`. Errors when magic, version, sizes or counts do not fit.
+    pub fn open(fds: SharedFds) -> io::Result<BlobView> {
+        let SharedFds {
+            state,
+            extents,
+            touched,
+            data,
+        } = fds;
         let (states, count) = map_table(
             state.as_fd(),
             STATE_MAGIC,
@@ -111,13 +120,16 @@ impl BlobView {
                 format!("state file has {count} chunks, extent table {extent_count}"),
             ));
         }
+        let touched_map = Mapping::new(touched.as_fd(), touched_len(count), true)?;
         Ok(BlobView {
             states,
             extents: extent_map,
+            touched: touched_map,
             count,
             data,
             _state_fd: state,
             _extent_fd: extents,
+            _touched_fd: touched,
         })
     }
 
@@ -187,6 +199,17 @@ impl BlobView {
         }
     }
 
+    /// Notes that a read was answered from `chunk`. One load; a store only for the first read since the agent looked.
+    #[inline]
+    pub fn touch(&self, chunk: u32) {
+        if let Some(byte) = self.touched.u8_at(chunk as usize) {
+            let seen = byte.load(Ordering::Relaxed);
+            if seen & TOUCHED_NOW == 0 {
+                byte.store(seen | TOUCHED_NOW, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Whether the bytes copied since [`BlobView::locate`] gave `stamp` are those of `chunk`; if not, locate again.
     pub fn unchanged(&self, chunk: u32, stamp: u64) -> bool {
         // Orders the copy before the second look at the word.
@@ -202,7 +225,7 @@ impl BlobView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{ABSENT, PRESENT, next_word, spill_word};
+    use crate::layout::{ABSENT, PRESENT, TOUCHED_BEFORE, next_word, spill_word};
     use std::fs::File;
     use std::os::fd::FromRawFd;
     use std::os::unix::fs::FileExt;
@@ -240,11 +263,14 @@ mod tests {
 
     fn open(state: &File, extents: &File) -> io::Result<BlobView> {
         let data = OwnedFd::from(memfd());
-        BlobView::open(
-            state.try_clone().unwrap().into(),
-            extents.try_clone().unwrap().into(),
-            Some(data),
-        )
+        let touched = memfd();
+        touched.set_len(16).unwrap();
+        BlobView::open(SharedFds {
+            state: state.try_clone().unwrap().into(),
+            extents: extents.try_clone().unwrap().into(),
+            touched: touched.into(),
+            data: Some(data),
+        })
     }
 
     fn set_state(state: &File, chunk: u32, word: u32) {
@@ -299,6 +325,33 @@ mod tests {
         assert!(!view.unchanged(0, extent.stamp));
         set_spill(&extents, 0, 5); // generation 0: malformed
         assert_eq!(view.locate(0), Location::Absent);
+    }
+
+    #[test]
+    fn a_touch_is_seen_until_it_is_taken_and_leaves_a_mark() {
+        let (state, extents) = tables(2);
+        let touched = memfd();
+        touched.set_len(2).unwrap();
+        let byte = |chunk: u64| {
+            let mut b = [0];
+            touched.read_exact_at(&mut b, chunk).unwrap();
+            b[0]
+        };
+        let fds = |touched: &File| SharedFds {
+            state: state.try_clone().unwrap().into(),
+            extents: extents.try_clone().unwrap().into(),
+            touched: touched.try_clone().unwrap().into(),
+            data: None,
+        };
+        let view = BlobView::open(fds(&touched)).unwrap();
+        view.touch(1);
+        view.touch(2); // there is no such chunk
+        assert_eq!((byte(0), byte(1)), (0, TOUCHED_NOW));
+        touched.write_all_at(&[TOUCHED_BEFORE], 1).unwrap();
+        view.touch(1);
+        assert_eq!(byte(1), TOUCHED_NOW | TOUCHED_BEFORE);
+        touched.set_len(1).unwrap();
+        assert!(BlobView::open(fds(&touched)).is_err(), "too short");
     }
 
     #[test]

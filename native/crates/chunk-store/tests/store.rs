@@ -94,8 +94,7 @@ fn store(dir: Option<&str>, boot: [u8; 16], spec: &BlobSpec) -> Store {
 }
 
 fn view(store: &Store) -> BlobView {
-    let (state, extents, data) = store.blob(0).unwrap().tables.share().unwrap();
-    BlobView::open(state, extents, data).unwrap()
+    BlobView::open(store.blob(0).unwrap().tables.share().unwrap()).unwrap()
 }
 
 fn ingest(store: &Store, base: u64, bytes: &[u8], chunks: &[u32]) -> Vec<u8> {
@@ -397,7 +396,7 @@ fn a_full_disk_spills() {
     let dir = Folder::new();
     let (spec, bytes) = blob(3, 0);
     let first = store(Some(dir.str()), BOOT, &spec);
-    let (state, extents, _) = first.blob(0).unwrap().tables.share().unwrap();
+    let shared = first.blob(0).unwrap().tables.share().unwrap();
     let full = OpenOptions::new()
         .read(true)
         .write(true)
@@ -405,8 +404,9 @@ fn a_full_disk_spills() {
         .unwrap();
     let s = Store::new(None, 1, 1 << 20, BOOT).unwrap();
     let fds = TableFds {
-        state: state.as_fd(),
-        extents: extents.as_fd(),
+        state: shared.state.as_fd(),
+        extents: shared.extents.as_fd(),
+        touched: shared.touched.as_fd(),
         data: Some(full.as_fd()),
     };
     assert!(s.adopt_blob(0, spec.clone(), fds).unwrap());
@@ -440,15 +440,16 @@ fn a_successor_adopts_tables_and_spill_under_a_live_reader() {
     for chunk in 0..8 {
         ingest(&first, 0, &bytes, &[chunk]);
     }
-    let (state, extents, data) = first.blob(0).unwrap().tables.share().unwrap();
+    let shared = first.blob(0).unwrap().tables.share().unwrap();
     let spill = first.share_spill().unwrap();
-    assert!(data.is_none());
+    assert!(shared.data.is_none());
     drop(first);
 
     let second = Store::new(None, 1, 1, BOOT).unwrap();
     let fds = TableFds {
-        state: state.as_fd(),
-        extents: extents.as_fd(),
+        state: shared.state.as_fd(),
+        extents: shared.extents.as_fd(),
+        touched: shared.touched.as_fd(),
         data: None,
     };
     second.adopt_blob(0, spec.clone(), fds).unwrap();

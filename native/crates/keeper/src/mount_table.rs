@@ -28,6 +28,7 @@ pub enum ControlMessage {
         index: u32,
         state: OwnedFd,
         extents: OwnedFd,
+        touched: OwnedFd,
         data: Option<OwnedFd>,
     },
     Commit,
@@ -74,6 +75,7 @@ pub fn receive(socket: RawFd) -> io::Result<Option<ControlMessage>> {
             index: word(2),
             state: fd()?,
             extents: fd()?,
+            touched: fd()?,
             data: fd().ok(),
         },
         MOUNT_COMMIT => ControlMessage::Commit,
@@ -93,6 +95,7 @@ pub fn frontend(connected: bool) -> [u8; MESSAGE_LEN] {
 struct Blob {
     state: OwnedFd,
     extents: OwnedFd,
+    touched: OwnedFd,
     data: Option<OwnedFd>,
 }
 
@@ -116,6 +119,7 @@ impl Mount {
                 .map(|b| BlobFds {
                     state: b.state.as_raw_fd(),
                     extents: b.extents.as_raw_fd(),
+                    touched: b.touched.as_raw_fd(),
                     data: b.data.as_ref().map(AsRawFd::as_raw_fd),
                 })
                 .collect(),
@@ -153,6 +157,7 @@ impl MountTable {
                 index,
                 state,
                 extents,
+                touched,
                 data,
             } => {
                 let pending = self
@@ -165,6 +170,7 @@ impl MountTable {
                 pending.blobs.push(Blob {
                     state,
                     extents,
+                    touched,
                     data,
                 });
             }

@@ -19,6 +19,7 @@ fn blob(index: u32) -> ControlMessage {
         index,
         state: fd(),
         extents: fd(),
+        touched: fd(),
         data: None,
     }
 }
@@ -83,6 +84,7 @@ fn malformed_packets_are_refused() {
         ([1, 0, 1, 0], 0),
         ([1, 0, 1, 0], 1),
         ([2, 0, 0, 0], 1),
+        ([2, 0, 0, 0], 2),
         ([0, 0, 0, 0], 2),
         ([5, 0, 0, 0], 0),
         ([u32::MAX; 4], 4),
@@ -95,7 +97,7 @@ fn malformed_packets_are_refused() {
         Ok(Some(ControlMessage::Begin { blobs: 7, .. }))
     ));
     assert!(matches!(
-        send(&packet([2, 0, 3, 0]), 3),
+        send(&packet([2, 0, 3, 0]), 4),
         Ok(Some(ControlMessage::Blob {
             index: 3,
             data: Some(_),

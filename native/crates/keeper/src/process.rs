@@ -30,7 +30,7 @@ pub fn signalfd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     }
 }
 
-/// Raises the soft limit of open files to the hard one: an image of 255 blobs has 765 descriptors, and a worker
+/// Raises the soft limit of open files to the hard one: an image of 255 blobs has 1020 descriptors, and a worker
 /// holds them twice.
 pub fn raise_descriptor_limit() {
     // SAFETY: reads and writes a limit that we own. When it cannot be raised, opening says so later.

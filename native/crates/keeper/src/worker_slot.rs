@@ -342,7 +342,7 @@ fn run_child(setup: Setup, parent: u32) -> ! {
             .mount
             .blobs
             .iter()
-            .flat_map(|b| [Some(b.state), Some(b.extents), b.data])
+            .flat_map(|b| [Some(b.state), Some(b.extents), Some(b.touched), b.data])
             .flatten(),
     );
     process::become_child(c"rafs-worker", parent, &keep);

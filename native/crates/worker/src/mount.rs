@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use chunk_store::{BlobView, Source};
+use chunk_store::{BlobView, SharedFds, Source};
 use rafs_format::{Nid, Tree};
 
 use crate::memory_map::MemoryMap;
@@ -13,6 +13,7 @@ use crate::memory_map::MemoryMap;
 pub struct BlobFds {
     pub state: RawFd,
     pub extents: RawFd,
+    pub touched: RawFd,
     pub data: Option<RawFd>,
 }
 
@@ -57,11 +58,12 @@ impl Mount {
             .blobs
             .iter()
             .map(|b| {
-                BlobView::open(
-                    duplicate(b.state)?,
-                    duplicate(b.extents)?,
-                    b.data.map(duplicate).transpose()?,
-                )
+                BlobView::open(SharedFds {
+                    state: duplicate(b.state)?,
+                    extents: duplicate(b.extents)?,
+                    touched: duplicate(b.touched)?,
+                    data: b.data.map(duplicate).transpose()?,
+                })
             })
             .collect::<io::Result<Vec<_>>>()?;
         Ok(Mount {

@@ -93,7 +93,7 @@ impl Reader {
             if !self.copy(chain, skip)? {
                 return Ok(ReadOutcome::WouldBlock);
             }
-            if unchanged(mount, &self.pieces) {
+            if settled(mount, &self.pieces) {
                 return Ok(ReadOutcome::Copied(len as usize));
             }
         }
@@ -212,11 +212,15 @@ fn read_segments(piece: &Piece, done: u64, segments: &[Segment]) -> Result<usize
 }
 
 /// Whether all pieces are still what they were when they were located: zeros of a hole or another chunk's bytes
-/// must not reach the guest.
-pub fn unchanged(mount: &Mount, pieces: &[Piece]) -> bool {
+/// must not reach the guest. Chunks that served are marked as touched.
+pub fn settled(mount: &Mount, pieces: &[Piece]) -> bool {
     pieces.iter().all(|p| {
-        mount
-            .blob(p.blob_index)
-            .is_some_and(|blob| blob.unchanged(p.chunk_index, p.stamp))
+        mount.blob(p.blob_index).is_some_and(|blob| {
+            let unchanged = blob.unchanged(p.chunk_index, p.stamp);
+            if unchanged {
+                blob.touch(p.chunk_index);
+            }
+            unchanged
+        })
     })
 }

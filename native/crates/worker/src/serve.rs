@@ -15,7 +15,7 @@ use crate::ops::{self, Errno};
 use crate::parked::{ChunkId, Parked, Parking};
 use crate::pool::{Finished, Job, Pool, Ticket};
 use crate::queue::Queue;
-use crate::read::{ReadOutcome, Reader, unchanged};
+use crate::read::{ReadOutcome, Reader, settled};
 
 /// Arguments beyond this many bytes are never looked at: the longest are an attribute name of 255 bytes after 8 more.
 const ARGS_MAX: usize = 512;
@@ -203,7 +203,7 @@ impl Server {
             self.fail(queue, at.head, Errno(libc::EIO));
             return;
         };
-        if !unchanged(self.mount, &finished.pieces) {
+        if !settled(self.mount, &finished.pieces) {
             self.serve(queue, at);
             return;
         }

@@ -53,6 +53,7 @@ fn sealed(bytes: &[u8]) -> OwnedFd {
 pub struct Blob {
     state: File,
     extents: File,
+    touched: File,
     data: File,
     spill: File,
     spill_base: u64,
@@ -64,6 +65,7 @@ impl Blob {
         let blob = Blob {
             state: memfd(4096 + 4 * u64::from(chunks)),
             extents: memfd(64 + 32 * u64::from(chunks)),
+            touched: memfd(u64::from(chunks)),
             data: memfd(chunk_size * u64::from(chunks)),
             spill,
             spill_base,
@@ -107,6 +109,17 @@ impl Blob {
     /// Takes a chunk that was stored in memory away.
     pub fn discard(&self, index: u64) {
         self.set_spill(index, 0);
+    }
+
+    /// The touched byte of each chunk.
+    pub fn touched(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.touched.metadata().unwrap().len() as usize];
+        self.touched.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    pub fn clear_touched(&self) {
+        self.touched.write_all_at(&[0], 0).unwrap();
     }
 
     fn set_spill(&self, index: u64, word: u64) {
@@ -162,6 +175,7 @@ impl Bench {
                 .map(|b| BlobFds {
                     state: b.state.as_raw_fd(),
                     extents: b.extents.as_raw_fd(),
+                    touched: b.touched.as_raw_fd(),
                     data: Some(b.data.as_raw_fd()),
                 })
                 .collect(),

@@ -98,6 +98,33 @@ fn what_the_pool_has_read_is_served_once_memory_is_back() {
 }
 
 #[test]
+fn chunks_are_touched_by_the_reads_that_they_answer() {
+    let bench = Bench::sample();
+    let mut driver = bench.driver(1, SIZE, 0);
+    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    // A read that waits has not been answered.
+    bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
+    turn(&mut thread);
+    assert_eq!(bench.blobs[1].touched(), [0]);
+    for by_pool in [false, true] {
+        bench.blobs[1].clear_touched();
+        if by_pool {
+            bench.blobs[1].discard(0);
+            bench.blobs[1].store_in_file(0, 9);
+            bench.request(&mut driver, 1, 2, &read_small(&bench), 0x1000);
+        } else {
+            bench.blobs[1].store(0, 9);
+        }
+        let answered = driver.used_index(&bench.guest);
+        while driver.used_index(&bench.guest) == answered {
+            turn(&mut thread);
+        }
+        assert_eq!(bench.blobs[1].touched(), [1], "by_pool {by_pool}");
+        assert_eq!(bench.blobs[0].touched(), [0; 3]);
+    }
+}
+
+#[test]
 fn what_the_pool_has_read_for_a_stopped_ring_is_dropped() {
     let bench = Bench::sample();
     bench.blobs[1].store_in_file(0, 9);
