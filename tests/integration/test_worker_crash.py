@@ -65,8 +65,8 @@ def test_every_failpoint_warm(start, point: str) -> None:
         served.wait_for(
             lambda: served.session.armed_failpoint() == 0 or served.collect(served.random_reads(rng))
         )
-        # Behind "signalled" nothing waits for the successor: without this the next failpoint could be armed, and the
-        # crashes be counted, before the keeper has reaped the worker.
+        # Behind "signalled" nothing waits for the successor: without this the next failpoint could be armed,
+        # and the crashes be counted, before the keeper has reaped the worker.
         served.wait_for(lambda crashes=skip + 1: served.worker()["crashes"] >= crashes)
     assert served.worker()["crashes"] == 6
     served.check_ring()
