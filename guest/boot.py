@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from guest.daemon import BackEnd, Daemon
+from guest.initramfs import make_initramfs
 from guest.kit import Kernel, kernel_command_line, make_kit
 from guest.qemu import Guest, GuestError, Machine
 from guest.registry import free_port
@@ -96,6 +97,7 @@ def boot(
                 work_dir=work,
                 kind=kind,
                 kit=kit,
+                initramfs=make_initramfs(work / "initramfs", kernel),
                 memory=memory,
                 http_port=port,
             )

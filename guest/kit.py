@@ -54,9 +54,17 @@ class Kernel:
         """What ``uname -r`` says in the guest."""
         return (self.folder / "release").read_text().strip()
 
+    @property
+    def root_modules(self) -> list[Path]:
+        """The modules that a root on virtio-fs needs, in load order; none if all is built in."""
+        order = self.folder / "root-modules" / "order"
+        if not order.is_file():
+            return []
+        return [order.parent / name for name in order.read_text().split()]
+
     @classmethod
     def find(cls, series: str) -> Kernel:
-        """The kernel of *series* (``"6.12"``, ``"7"``).
+        """The kernel of *series* (``"6.1"``, ``"6.12"``, ``"7"``).
 
         Raises:
             KitError: it has not been downloaded.
@@ -68,13 +76,22 @@ class Kernel:
 
 
 def hash_tree_program(folder: Path = VAR / "guest") -> Path:
-    """The compiled :file:`hash_tree.c`, for host and guests; compiled again when its source is newer."""
-    source, program = HERE / "hash_tree.c", folder / "hash-tree"
+    """The compiled :file:`hash_tree.c`, for host and guests."""
+    return static_program(HERE / "hash_tree.c", folder)
+
+
+def static_program(source: Path, folder: Path = VAR / "guest") -> Path:
+    """The C program *source* compiled into *folder*, with nothing shared; again when its source is newer.
+
+    Raises:
+        KitError: there is no C compiler, or it refuses the source.
+    """
+    program = folder / source.stem.replace("_", "-")
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            built = Path(tmp) / "hash-tree"
-            _run(["cc", "-std=gnu11", "-O2", "-Wall", "-static", "-o", str(built), str(source)])
+            built = Path(tmp) / program.name
+            _run(["cc", "-std=gnu11", "-O2", "-Wall", "-static", "-s", "-o", str(built), str(source)])
             built.replace(program)
     return program
 

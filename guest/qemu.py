@@ -39,6 +39,7 @@ class Machine:
     work_dir: Path
     kind: Literal["q35", "microvm"] = "q35"
     kit: Path | None = None
+    initramfs: Path | None = None
     memory: int = 512
     cpus: int = 1
     request_queues: int = 1
@@ -82,6 +83,8 @@ class Machine:
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=report,path={self.work_dir / 'report'}"),
             *("-device", "virtserialport,chardev=report,name=rafs.report"),
         ]
+        if self.initramfs is not None:
+            argv += ["-initrd", str(self.initramfs)]
         if self.kit is not None:
             argv += ["-drive", f"if=none,id=kit,format=raw,readonly=on,file={self.kit}"]
             argv += ["-device", "nvme,drive=kit,serial=kit"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guest.initramfs import cpio, directory, plain, program
 from guest.kit import BUSYBOX, Kernel, KitError, hash_tree_program
 from tests.source_trees import make_varied_tree
 from virtiofsd_rafs.image.build import build_image
@@ -42,18 +43,6 @@ $B poweroff -f
 """
 
 
-def write_cpio(path: Path, files: dict[str, tuple[int, bytes]]) -> None:
-    """An initramfs ("newc" cpio) of *files*: name -> mode and content."""
-    out = bytearray()
-    for number, (name, (mode, content)) in enumerate([*files.items(), ("TRAILER!!!", (0, b""))], start=1):
-        encoded = name.encode() + b"\0"
-        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
-        out += b"070701" + b"".join(b"%08x" % field for field in fields) + encoded
-        out += bytes(-len(out) % 4) + content
-        out += bytes(-len(out) % 4)
-    path.write_bytes(out)
-
-
 @pytest.mark.parametrize("series", ["6.12", "7"])
 @pytest.mark.parametrize("chunk_size", [4096, 1 << 20])
 def test_kernel_mounts_uncompressed_image(
@@ -76,14 +65,15 @@ def test_kernel_mounts_uncompressed_image(
     ).stdout
     assert expected.count(b"\n") > 700
 
-    files = dict.fromkeys(("proc", "dev", "sys", "image", "modules"), (0o040755, b""))
-    files |= {
-        f"modules/{path.name}": (0o100644, path.read_bytes())
-        for path in (kernel.folder / "modules").iterdir()
-    }
-    files |= {"busybox": (0o100755, BUSYBOX.read_bytes()), "hash-tree": (0o100755, hash_tree.read_bytes())}
-    files |= {"init": (0o100755, INIT.encode()), "expected": (0o100644, expected)}
-    write_cpio(tmp_path / "initramfs", files)
+    entries = [
+        *map(directory, ("proc", "dev", "sys", "image", "modules")),
+        *(plain(f"modules/{path.name}", path.read_bytes()) for path in (kernel.folder / "modules").iterdir()),
+        program("busybox", BUSYBOX.read_bytes()),
+        program("hash-tree", hash_tree.read_bytes()),
+        program("init", INIT.encode()),
+        plain("expected", expected),
+    ]
+    (tmp_path / "initramfs").write_bytes(cpio(entries))
     disks = ["-device", "nvme,id=nvme,serial=image"]
     for number, path in enumerate((result.bootstrap, result.blob), start=1):
         disks += ["-drive", f"if=none,id=disk{number},format=raw,readonly=on,file={path}"]

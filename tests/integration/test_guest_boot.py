@@ -16,6 +16,7 @@ import pytest
 
 from guest.boot import boot
 from guest.daemon import PROGRAM, Daemon
+from guest.initramfs import make_initramfs
 from guest.kit import BUSYBOX, ROOT, VAR, Kernel, KitError, kernel_command_line, make_kit
 from guest.qemu import Guest, Machine
 from guest.registry import Registry
@@ -132,6 +133,7 @@ def running(
             vhost_socket=daemon.socket,
             work_dir=work / "guest",
             kit=kit,
+            initramfs=make_initramfs(work / "initramfs", kernel),
             **machine,
         )
         with Guest(settings) as guest:
@@ -163,7 +165,7 @@ def wait_parked(daemon: Daemon, guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("kind", ["q35", "microvm"])
-@pytest.mark.parametrize("series", ["6.12", "7"])
+@pytest.mark.parametrize("series", ["6.1", "6.12", "7"])
 def test_a_guest_sees_exactly_the_source(
     sample: Image, work: Path, kernel: Kernels, series: str, kind: str
 ) -> None:
