@@ -41,6 +41,7 @@ class Config:
     plain_http: bool = True
     ca_file: Path | None = None
     connections: int = 8
+    io_deadline_s: float = 90.0
 
 
 @pytest.fixture(autouse=True)

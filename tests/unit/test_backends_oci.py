@@ -48,6 +48,7 @@ class Config:
     plain_http: bool = True
     ca_file: Path | None = None
     connections: int = 8
+    io_deadline_s: float = 90.0
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +332,19 @@ async def test_no_progress_is_a_timeout(sim: RegistrySimulator, fault: str) -> N
     with pytest.raises(BackendTimeout):
         await source.read_range(BLOB_ID, 0, 100_000)
     assert await source.read_range(BLOB_ID, 0, 10) == BLOB[:10]
+    await source.close()
+
+
+@pytest.mark.parametrize("fault", ["hold", "stall", "slow-loris"])
+async def test_silence_leaves_time_for_other_tries(sim: RegistrySimulator, fault: str) -> None:
+    """Of a short deadline a silent server takes a sixth, not the time-out that suits a long one."""
+    sim.fault(fault, where="blob", times=3, interval=0.01)
+    source = source_for(sim, Config(io_deadline_s=1.2))
+    async with asyncio.timeout(14):  # less than the long one
+        for _ in range(3):
+            with pytest.raises(BackendTimeout):
+                await source.read_range(BLOB_ID, 0, 100_000)
+        assert await source.read_range(BLOB_ID, 0, 10) == BLOB[:10]
     await source.close()
 
 

@@ -80,6 +80,9 @@ class SourceConfig(Protocol):
     @property
     def connections(self) -> int: ...
 
+    @property
+    def io_deadline_s(self) -> float: ...
+
 
 def check_range(offset: int, length: int) -> None:
     """Raises ConfigError (the caller's bug) for a range that cannot be asked for."""

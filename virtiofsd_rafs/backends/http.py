@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 # Bounds for those who configure nothing, by the names that fit here.
 CONNECT_TIMEOUT_S = DEFAULT_CONNECT_TIMEOUT_S
 PROGRESS_TIMEOUT_S = DEFAULT_TIMEOUT_S
-# What must arrive within each PROGRESS_TIMEOUT_S of a body: a trickle is no progress.
+# What must arrive within each PROGRESS_TIMEOUT_S of a body, less where less time is given: a trickle is no
+# progress.
 MIN_PROGRESS = 32 << 10
+# So many servers in a row that answer nothing fit into the deadline of whoever waits.
+TRIES_WITHIN_DEADLINE = 6
 # The tiny bodies of redirects and 401 are drained for this long, so that the connection can be used again.
 _DRAIN_S = 0.25
 _DRAIN_MAX = 16 << 10
@@ -60,6 +63,8 @@ class HttpClient:
         progress_timeout_s: without (enough) bytes.
         options: more certificates, whether to check any, and time-outs instead of those above.
         unix_socket: where to connect to, whatever host a URL names.
+        deadline_s: how long somebody waits for the bytes; shortens both time-outs, so that there is time for
+            other tries when a server falls silent.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class HttpClient:
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         options: HttpOptions | None = None,
         unix_socket: Path | None = None,
+        deadline_s: float | None = None,
     ) -> None:
         self._ca_files = [] if ca_file is None else [ca_file]
         self._check_certificates = True
@@ -78,6 +84,9 @@ class HttpClient:
             self._ca_files += options.ca_files
             self._check_certificates = not options.skip_verify
             connect_timeout_s, progress_timeout_s = options.connect_timeout_s, options.timeout_s
+        if deadline_s is not None:
+            connect_timeout_s = min(connect_timeout_s, deadline_s / TRIES_WITHIN_DEADLINE)
+            progress_timeout_s = min(progress_timeout_s, deadline_s / TRIES_WITHIN_DEADLINE)
         self._unix_socket = unix_socket
         self._connections = connections
         self._progress_timeout_s = progress_timeout_s
@@ -180,7 +189,8 @@ class Reply:
         """
         content = self._response.content
         loop = asyncio.get_running_loop()
-        got, mark = 0, MIN_PROGRESS
+        least = max(1, int(MIN_PROGRESS * min(1.0, self._progress_timeout_s / PROGRESS_TIMEOUT_S)))
+        got, mark = 0, least
         end = loop.time() + self._progress_timeout_s
         while True:
             try:
@@ -192,7 +202,7 @@ class Reply:
                 return
             got += len(piece)
             if got >= mark:
-                mark, end = got + MIN_PROGRESS, loop.time() + self._progress_timeout_s
+                mark, end = got + least, loop.time() + self._progress_timeout_s
             yield piece
 
     async def slice(self, plan: BodyPlan) -> AsyncIterator[bytes]:

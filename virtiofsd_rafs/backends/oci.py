@@ -21,7 +21,7 @@ class OciSource:
 
     Args:
         reference: names host and repository.
-        config: TLS and connections.
+        config: TLS, connections, and how long somebody waits.
         blob_sizes: sizes that the manifest tells, by blob id; others are asked for.
         progress_timeout_s: how long a server may send nothing, or a trickle.
     """
@@ -35,7 +35,10 @@ class OciSource:
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> None:
         self._http = HttpClient(
-            ca_file=config.ca_file, connections=config.connections, progress_timeout_s=progress_timeout_s
+            ca_file=config.ca_file,
+            connections=config.connections,
+            progress_timeout_s=progress_timeout_s,
+            deadline_s=config.io_deadline_s,
         )
         self._client = RegistryClient(
             self._http, reference, plain_http=config.plain_http, config=load_docker_config()

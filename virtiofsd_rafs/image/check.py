@@ -245,6 +245,7 @@ class _SourceOptions:
     plain_http: bool
     ca_file: Path | None
     connections: int = 2
+    io_deadline_s: float = _DEADLINE_S
 
 
 async def check_blob(chunk_map: ChunkMap, size: int, read: Read, report: Report) -> None:

@@ -46,7 +46,7 @@ class RemoteContent:
         self._reference = reference
         self._end = time.monotonic() + deadline_s
         self._fresh: tuple[str, bytes] | None = None
-        self._http = HttpClient(ca_file=ca_file)
+        self._http = HttpClient(ca_file=ca_file, deadline_s=deadline_s)
         self._client = RegistryClient(
             self._http, reference, plain_http=plain_http, config=load_docker_config()
         )
