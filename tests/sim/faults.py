@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +22,13 @@ FAULTS = {
     "wrong-range": "206, but of the bytes by [1] further on",
     "no-content-range": "206 without Content-Range",
     "short-body": "206 with the right Content-Range, and a body that is by [1] shorter and says so",
+    "long-body": "206 with the right Content-Range, and a body that is by [1] longer and says so",
     "cut": "the connection ends after_bytes [1000] into the body",
     "reset": "the connection ends before any answer",
+    "416": "416 for a range that the blob has",
     "416-wrong-length": "416 that announces the blob's length and sends 33 bytes",
     "slow-loris": "the body comes byte by byte, one each interval [1.0] seconds",
-    "corrupt": "one bit of the body is flipped, at byte at [middle]",
+    "corrupt": "one bit of the body is flipped, at its byte at [middle], or at the blob's byte blob_at",
     "encoded": "the body is said to be gzip",
     "redirect": "307 to a signed URL on another origin, refused after uses [none] or ttl [none] seconds",
     "redirect-loop": "307 to the same URL",
@@ -53,10 +56,12 @@ class Fault:
     span: tuple[int, int] | None = None
     skip: int = 0
     times: int | None = None
+    share: float | None = None
     params: dict[str, Any] = field(default_factory=dict)
     id: int = field(default_factory=lambda: next(_ids))
     seen: int = 0
     hits: int = 0
+    _rng: random.Random = field(default_factory=lambda: random.Random(20))
     _loop: asyncio.AbstractEventLoop | None = None
     _released: asyncio.Event | None = None
 
@@ -93,6 +98,8 @@ class Fault:
             return False
         self.seen += 1
         if self.seen <= self.skip or (self.times is not None and self.hits >= self.times):
+            return False
+        if self.share is not None and self._rng.random() >= self.share:
             return False
         self.hits += 1
         return True

@@ -108,13 +108,14 @@ class RegistrySimulator:
         span: tuple[int, int] | None = None,
         skip: int = 0,
         times: int | None = None,
+        share: float | None = None,
         **params: Any,
     ) -> Fault:
         """Adds the fault *name* (see faults.FAULTS) and returns it.
 
         Without *times* it stays until it is released.
         """
-        fault = Fault(name, where, method, digest, span, skip, times, params)
+        fault = Fault(name, where, method, digest, span, skip, times, share, params)
         fault.arm(self._loop)
         self.faults.append(fault)
         return fault

@@ -60,7 +60,7 @@ async def send_part(
     status, body = 200, data
     if record.span is not None and "ignore-range" not in names:
         first, last = record.span[0], min(record.span[1], len(data) - 1)
-        if first >= len(data) or "416-wrong-length" in names:
+        if first >= len(data) or not names.keys().isdisjoint(("416", "416-wrong-length")):
             return await _unsatisfied(request, record, len(data), "416-wrong-length" in names)
         if "wrong-range" in names:
             by = names["wrong-range"].params.get("by", 1)
@@ -69,10 +69,11 @@ async def send_part(
         if "no-content-range" not in names:
             headers = {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
     if "corrupt" in names and body:
-        at = names["corrupt"].params.get("at", len(body) // 2)
-        body = body[:at] + bytes([body[at] ^ 0x10]) + body[at + 1 :]
+        body = corrupt(body, names["corrupt"], 0 if status == 200 or record.span is None else record.span[0])
     if "short-body" in names:
         body = body[: -names["short-body"].params.get("by", 1)]
+    if "long-body" in names:
+        body += bytes(names["long-body"].params.get("by", 1))
     if "encoded" in names:
         headers = {**headers, "Content-Encoding": "gzip"}
     response = web.StreamResponse(status=status, headers=headers)
@@ -98,6 +99,16 @@ async def send_part(
         if request.transport is not None:
             request.transport.close()
     return response
+
+
+def corrupt(body: bytes, fault: Fault, start: int) -> bytes:
+    """*body*, whose first byte is the blob's byte *start*, with one bit flipped where *fault* says."""
+    at = fault.params.get("at", len(body) // 2)
+    if "blob_at" in fault.params:
+        at = fault.params["blob_at"] - start
+    if not 0 <= at < len(body):
+        return body
+    return body[:at] + bytes([body[at] ^ 0x10]) + body[at + 1 :]
 
 
 async def send_redirect(request: web.Request, record: Record, location: str) -> web.StreamResponse:
