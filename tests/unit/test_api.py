@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.sim.images import MadeImage, make_image
 from virtiofsd_rafs.cli.status import _UnixConnection, describe, fetch_status
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SESSION_STATUS = {
     "processes": {
         "keeper": {"pid": os.getpid()},
-        "worker": {"pid": 0, "generation": 2, "crashes": 1},
+        "worker": {"pid": 1, "generation": 2, "crashes": 1},
         "control": {"pid": os.getpid(), "generation": 1},
     },
     "session": {"frontend_connected": True},
@@ -64,6 +64,7 @@ class FakeSession:
     def __init__(self) -> None:
         self.post_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.traces: list[Trace] = []
+        self.worker_pid = 1
 
     def posts(self) -> list[Any]:
         return []
@@ -77,6 +78,7 @@ class FakeSession:
 
     def status(self) -> dict[str, Any]:
         copied: dict[str, Any] = json.loads(json.dumps(SESSION_STATUS))
+        copied["processes"]["worker"]["pid"] = self.worker_pid
         return copied
 
 
@@ -175,8 +177,14 @@ async def test_before_the_image_is_mounted(image: MadeImage, tmp_path: Path) -> 
     async with rig(image, tmp_path) as r:
         daemon = await r.get_json("/api/v1/daemon")
         assert (daemon["state"], daemon["backend_collection"]) == ("INIT", {})
-        assert (await r.get("/healthz"))[0] == 200
-        assert (await r.get("/readyz"))[0] == 503
+        health = await r.get_json("/healthz")
+        assert health["status"] == "ok"
+        assert health["loop_lag_s"] >= 0
+        code, _, body = await r.get("/readyz")
+        assert (code, json.loads(body)) == (
+            503,
+            {"ready": False, "reason": "the image registry/app:1 is not mounted yet"},
+        )
         status = await r.get_json("/api/v1/status")
         assert status["image"] == {"name": "registry/app:1"}
         assert status["stalls"]["count"] == 0
@@ -192,7 +200,12 @@ async def test_what_clients_of_nydusd_ask_for(image: MadeImage, tmp_path: Path) 
         assert set(daemon["version"]) == {"package_ver", "git_commit", "build_time", "profile", "rustc"}
         assert all(isinstance(value, str) for value in daemon["version"].values())
         assert daemon["backend_collection"]["/"]["mounted_time"] == "1970-01-01T00:00:00Z"
-        assert (await r.get("/readyz"))[0] == 200
+        assert await r.get_json("/readyz") == {"ready": True, "reason": ""}
+        assert "ready 1" in (await r.get("/metrics"))[2]
+        r.session.worker_pid = 0
+        code, _, body = await r.get("/readyz")
+        assert code == 503
+        assert "no worker" in json.loads(body)["reason"]
 
 
 async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage, tmp_path: Path) -> None:
@@ -214,7 +227,6 @@ async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage
         ]
         assert (status["stalls"]["count"], status["stalls"]["total_ns"]) == (2, 1200)
         assert status["processes"]["keeper"]["pss_kib"] > 1000
-        assert status["processes"]["worker"]["pss_kib"] is None
         assert status["queues"][1]["parked"] == 3
         (blob,) = status["image"]["blobs"]
         assert (blob["n_chunks"], blob["states"]["verified"]) == (len(image.chunks), 2)
@@ -241,6 +253,7 @@ async def test_trace(image: MadeImage, tmp_path: Path) -> None:
         )
         r.view.metrics.fetched(record(nodeid=second, runs=runs, source="registry"), 4096)
         r.view.metrics.fetched(record(nodeid=0, reason="fill"), 4096)
+        lengths = list(r.store.chunks(0).lengths)
         r.session.traces = [Trace(second, 0, 4096, 100, 500), Trace(second, 4096, 4096, 100, 200)]
         trace = await r.get_json("/api/v1/trace")
     assert trace["blobs"] == [{"id": image.blob_id, "size": len(image.blob)}]
@@ -249,6 +262,9 @@ async def test_trace(image: MadeImage, tmp_path: Path) -> None:
     assert (first["path"], first["source"], first["reason"]) == ("/file001", "registry", "demand")
     assert first["chunks"] == [[4, "demand"], *([n, "read-ahead"] for n in (5, 6, 9)), [2, "demand"]]
     assert (other["path"], other["reason"], other["chunks"]) == ("", "fill", [])
+    by_reason = {"demand": lengths[4] + lengths[2], "read-ahead": sum(lengths[n] for n in (5, 6, 9))}
+    assert first["bytes_by_reason"] == by_reason
+    assert first["unread_bytes"] == sum(by_reason.values()), "nothing was read"
     assert [(stall["path"], stall["offset"]) for stall in trace["stalls"]] == [
         ("/file001", 0),
         ("/file001", 4096),
@@ -269,40 +285,45 @@ async def test_errors_are_json(image: MadeImage, tmp_path: Path, monkeypatch: py
         assert (status, json.loads(body)) == (500, {"code": "INTERNAL", "message": "RuntimeError"})
 
 
-_SAMPLE = re.compile(
-    r"^virtiofsd_rafs_[a-z_]+(\{[a-z]+=\"[^\"\n]*\"(,[a-z]+=\"[^\"\n]*\")*\})? [0-9.e+-]+$", re.ASCII
-)
-
-
 async def test_prometheus_can_read_the_metrics(image: MadeImage, tmp_path: Path) -> None:
     async with rig(image, tmp_path) as r:
         r.mount()
-        r.view.metrics.fetched(record(), 4096)
+        r.view.metrics.fetched(record(source="registry"), 4096)
+        r.view.metrics.fetched(record(reason="prefetch", result="backend.timeout"), 0)
         r.view.metrics.chunks["digest-mismatch"] += 1
+        r.session.traces = [Trace(5, 0, 4096, 0, 20_000_000), Trace(5, 0, 4096, 0, 2_000_000_000)]
         status, kind, body = await r.get("/metrics")
         assert status == 200
         assert kind.startswith("text/plain; version=0.0.4")
-    typed = set()
-    for line in body.splitlines():
-        if line.startswith("# TYPE"):
-            typed.add(line.split()[2])
-        elif not line.startswith("#"):
-            assert _SAMPLE.match(line), line
-            name = re.sub(r"_(bucket|sum|count)$", "", re.split(r"[ {]", line)[0])
-            assert name in typed, "a sample after its type"
-    for expected in (
-        'virtiofsd_rafs_fetches_total{result="ok"} 1',
-        "virtiofsd_rafs_fetched_bytes_total 4096",
-        'virtiofsd_rafs_chunks_total{outcome="digest-mismatch"} 1',
-        'virtiofsd_rafs_cache_chunks{state="verified"} 2',
-        'virtiofsd_rafs_worker_requests_total{opcode="15"} 7',
-        "virtiofsd_rafs_requests_parked 3",
-        'virtiofsd_rafs_fetch_duration_seconds_bucket{le="0.03"} 0',
-        'virtiofsd_rafs_fetch_duration_seconds_bucket{le="0.1"} 1',
-        'virtiofsd_rafs_fetch_duration_seconds_bucket{le="+Inf"} 1',
-        "virtiofsd_rafs_fetch_duration_seconds_sum 0.05",
-    ):
-        assert expected in body.splitlines()
+    families = {family.name: family for family in text_string_to_metric_families(body)}
+    assert all(family.type != "unknown" and family.documentation for family in families.values())
+    samples = {
+        (sample.name.removeprefix("virtiofsd_rafs_"), *sorted(sample.labels.items())): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    of_registry = (("reason", "demand"), ("source", "registry"))
+    for expected, value in {
+        ("fetches_total", of_registry[0], ("result", "ok"), of_registry[1]): 1,
+        ("fetches_total", ("reason", "prefetch"), ("result", "backend.timeout"), ("source", "none")): 1,
+        ("fetched_bytes_total", *of_registry): 4096,
+        ("chunks_total", ("outcome", "digest-mismatch")): 1,
+        ("cache_chunks", ("state", "verified")): 2,
+        ("cache_chunks_touched",): 0,
+        ("worker_requests_total", ("opcode", "15")): 7,
+        ("requests_parked",): 3,
+        ("fetch_duration_seconds_bucket", ("le", "0.03")): 0,
+        ("fetch_duration_seconds_bucket", ("le", "0.1")): 2,
+        ("fetch_duration_seconds_bucket", ("le", "+Inf")): 2,
+        ("fetch_duration_seconds_sum",): 0.1,
+        ("request_wait_seconds_bucket", ("le", "0.01")): 0,
+        ("request_wait_seconds_bucket", ("le", "0.03")): 1,
+        ("request_wait_seconds_count",): 2,
+        ("request_wait_seconds_sum",): 2.02,
+        ("ready",): 1,
+    }.items():
+        assert samples[expected] == pytest.approx(value), expected
+    assert 0 <= samples[("loop_lag_seconds",)] < 60
 
 
 def test_labels_are_quoted() -> None:
@@ -315,7 +336,7 @@ def test_the_histogram_and_the_log_are_bounded() -> None:
     for i in range(LOG_LEN + 10):
         metrics.fetched(record(started_ns=0, ended_ns=10**12, offset=i), 1)
     assert len(metrics.log) == LOG_LEN
-    assert metrics.fetch_buckets == [0] * len(FETCH_BUCKETS_S) + [LOG_LEN + 10]
+    assert metrics.durations.buckets == [0] * len(FETCH_BUCKETS_S) + [LOG_LEN + 10]
     stalls = Stalls()
     stalls.add(Trace(i, 0, 0, 0, i) for i in range(1000))
     stalls.add([Trace(5, 0, 0, 100, 50)])  # clocks of two processes may disagree

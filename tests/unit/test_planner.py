@@ -398,3 +398,23 @@ def test_any_number_of_chunks_at_one_place_is_bounded() -> None:
     post(p, 0)
     (fetch,) = p.next_fetches(0.0)
     assert len(fetch.chunks) < 10_000
+
+
+def test_what_is_waited_for_is_told_longest_first() -> None:
+    blob = Blob([KIB] * 40, unverified_set={30})
+    p = planner(blob, amplify=0, connections=2)
+    post(p, 10, now=3.0)
+    post(p, 20, now=2.0)
+    (first, second) = p.next_fetches(4.0)
+    p.failed(second.fetch_id, 5.0)
+    post(p, 30, now=6.0)
+    post(p, 35, now=7.0)
+    assert [(w.key[1], w.since, w.attempts, w.doing) for w in p.waits(10)] == [
+        (20, 2.0, 1, "backing off"),
+        (10, 3.0, 0, "fetching"),
+        (30, 6.0, 0, "verifying"),
+        (35, 7.0, 0, "queued"),
+    ]
+    assert [w.key[1] for w in p.waits(1)] == [20]
+    p.stored(first.fetch_id, (), 8.0)
+    assert len(p.waits(10)) == p.waiting == 3

@@ -6,6 +6,7 @@ Counters of the workers live in shared memory and come through ``Session.status`
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 
 # Upper bounds of the fetch duration histogram, in seconds.
 FETCH_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# Upper bounds of the histogram of waiting requests: from a warm page of the host to the usual deadline.
+WAIT_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 90.0)
 # Fetches and stalls that the logs remember: more than a boot of any image makes, in a few megabytes.
 LOG_LEN = 4096
 STALL_LOG_LEN = 4096
 # Stalls that are kept with their files.
 SLOWEST_LEN = 64
+# The label of a try that nobody answered.
+NOBODY = "none"
 
 
 Run = tuple[int, int, str]
@@ -68,6 +73,20 @@ class FetchRecord(NamedTuple):
         return tuple((first + i, reason) for first, n, reason in self.runs for i in range(n))
 
 
+class Histogram:
+    """How many durations fell below each bound, as Prometheus counts them."""
+
+    def __init__(self, bounds_s: tuple[float, ...]) -> None:
+        self.bounds_s = bounds_s
+        self.buckets = [0] * (len(bounds_s) + 1)
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.buckets[bisect_left(self.bounds_s, seconds)] += 1
+        self.sum_s += seconds
+
+
 class Stalls:
     """Requests that had to wait for data: how many, how long, the latest and the longest ones."""
 
@@ -75,6 +94,7 @@ class Stalls:
         self.log: deque[Trace] = deque(maxlen=STALL_LOG_LEN)
         self.count = 0
         self.total_ns = 0
+        self.waits = Histogram(WAIT_BUCKETS_S)
         self._heap: list[tuple[int, int, Trace]] = []
 
     def add(self, traces: Iterable[Trace]) -> None:
@@ -83,6 +103,7 @@ class Stalls:
             stall_ns = max(0, trace.done_ns - trace.parked_ns)
             self.count += 1
             self.total_ns += stall_ns
+            self.waits.add(stall_ns / 1e9)
             self.log.append(trace)
             # The number keeps equal stalls from being compared any further.
             entry = (stall_ns, self.count, trace)
@@ -107,8 +128,11 @@ class Metrics:
         self.verifications: Counter[str] = Counter()
         """Stored chunks that were verified, by outcome (good, bad)."""
         self.bytes_fetched = 0
-        self.fetch_seconds = 0.0
-        self.fetch_buckets = [0] * (len(FETCH_BUCKETS_S) + 1)
+        self.by_source: Counter[tuple[str, str, str]] = Counter()
+        """Tries by result, reason, and who answered."""
+        self.bytes_by_source: Counter[tuple[str, str]] = Counter()
+        """Bytes by reason, and who brought them."""
+        self.durations = Histogram(FETCH_BUCKETS_S)
         self.log: deque[FetchRecord] = deque(maxlen=LOG_LEN)
 
     def fetched(self, record: FetchRecord, n_bytes: int) -> None:
@@ -116,14 +140,10 @@ class Metrics:
         self.log.append(record)
         self.fetches[record.result] += 1
         self.bytes_fetched += n_bytes
-        seconds = (record.ended_ns - record.started_ns) / 1e9
-        self.fetch_seconds += seconds
-        for i, bound in enumerate(FETCH_BUCKETS_S):
-            if seconds <= bound:
-                self.fetch_buckets[i] += 1
-                break
-        else:
-            self.fetch_buckets[-1] += 1
+        source = record.source or NOBODY
+        self.by_source[record.result, record.reason, source] += 1
+        self.bytes_by_source[record.reason, source] += n_bytes
+        self.durations.add((record.ended_ns - record.started_ns) / 1e9)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters as JSON sees them."""
@@ -132,7 +152,7 @@ class Metrics:
             "chunks": dict(self.chunks),
             "verifications": dict(self.verifications),
             "bytes_fetched": self.bytes_fetched,
-            "fetch_seconds": round(self.fetch_seconds, 6),
+            "fetch_seconds": round(self.durations.sum_s, 6),
         }
 
 
@@ -146,9 +166,10 @@ class Sample(NamedTuple):
 
 # name -> (type, help). Names are without the prefix.
 _FAMILIES = {
-    "fetches_total": ("counter", "Tries to fetch a range of a blob, by result."),
-    "fetched_bytes_total": ("counter", "Bytes that fetches brought."),
+    "fetches_total": ("counter", "Tries to fetch a range of a blob, by result, reason and source."),
+    "fetched_bytes_total": ("counter", "Bytes that fetches brought, by reason and source."),
     "fetch_duration_seconds": ("histogram", "Duration of one try of a fetch."),
+    "request_wait_seconds": ("histogram", "How long a FUSE request waited for chunks, of those that had to."),
     "chunks_total": ("counter", "Fetched chunks, by outcome."),
     "verifications_total": ("counter", "Stored chunks that were verified after a boot, by outcome."),
     "posts_total": ("counter", "Chunks that workers asked for."),
@@ -159,6 +180,7 @@ _FAMILIES = {
     "chunks_waiting": ("gauge", "Chunks that requests wait for now."),
     "fetches_in_flight": ("gauge", "Fetches under way."),
     "cache_chunks": ("gauge", "Chunks of the image by state."),
+    "cache_chunks_touched": ("gauge", "Chunks that reads were answered from."),
     "cache_disk_errors_total": ("counter", "How often the cache disk refused."),
     "spill_bytes": ("gauge", "Use of the memory that stands in for the cache disk."),
     "worker_crashes_total": ("counter", "Workers that were replaced."),
@@ -166,6 +188,9 @@ _FAMILIES = {
     "requests_parked": ("gauge", "FUSE requests that wait for chunks."),
     "requests_in_flight": ("gauge", "FUSE requests that were taken and not answered."),
     "frontend_connected": ("gauge", "1 while a VMM is connected."),
+    "ready": ("gauge", "1 while the image is mounted and a worker serves it."),
+    "loop_lag_seconds": ("gauge", "How late the event loop of control was when this was asked for."),
+    "build_info": ("gauge", "1, with the version of the package."),
 }
 _PREFIX = "virtiofsd_rafs_"
 
@@ -178,25 +203,36 @@ def _line(name: str, labels: tuple[tuple[str, str], ...], value: float) -> str:
     return f"{_PREFIX}{name}{{{inner}}} {value:.10g}" if inner else f"{_PREFIX}{name} {value:.10g}"
 
 
-def render(metrics: Metrics, samples: list[Sample]) -> str:
-    """Prometheus' text format 0.0.4 of *metrics* and of *samples*, whose names this module knows."""
+def _histogram(name: str, histogram: Histogram) -> list[str]:
+    total = 0
+    lines = []
+    bounds = [*(f"{bound:g}" for bound in histogram.bounds_s), "+Inf"]
+    for bound, n in zip(bounds, histogram.buckets, strict=True):
+        total += n
+        lines.append(_line(f"{name}_bucket", (("le", bound),), total))
+    return [*lines, _line(f"{name}_sum", (), histogram.sum_s), _line(f"{name}_count", (), total)]
+
+
+def render(metrics: Metrics, samples: list[Sample], stalls: Stalls | None = None) -> str:
+    """Prometheus' text format 0.0.4 of *metrics*, *stalls* and *samples*, whose names this module knows."""
     by_name: dict[str, list[str]] = {name: [] for name in _FAMILIES}
     counted = [
-        *(Sample("fetches_total", n, (("result", result),)) for result, n in metrics.fetches.items()),
+        *(
+            Sample("fetches_total", n, (("result", result), ("reason", reason), ("source", source)))
+            for (result, reason, source), n in metrics.by_source.items()
+        ),
+        *(
+            Sample("fetched_bytes_total", n, (("reason", reason), ("source", source)))
+            for (reason, source), n in metrics.bytes_by_source.items()
+        ),
         *(Sample("chunks_total", n, (("outcome", outcome),)) for outcome, n in metrics.chunks.items()),
         *(Sample("verifications_total", n, (("outcome", o),)) for o, n in metrics.verifications.items()),
-        Sample("fetched_bytes_total", metrics.bytes_fetched),
     ]
     for sample in counted + samples:
         by_name[sample.name].append(_line(sample.name, sample.labels, sample.value))
-    total = 0
-    histogram = by_name["fetch_duration_seconds"]
-    bounds = [*(f"{bound:g}" for bound in FETCH_BUCKETS_S), "+Inf"]
-    for bound, n in zip(bounds, metrics.fetch_buckets, strict=True):
-        total += n
-        histogram.append(_line("fetch_duration_seconds_bucket", (("le", bound),), total))
-    histogram.append(_line("fetch_duration_seconds_sum", (), metrics.fetch_seconds))
-    histogram.append(_line("fetch_duration_seconds_count", (), total))
+    by_name["fetch_duration_seconds"] = _histogram("fetch_duration_seconds", metrics.durations)
+    waits = stalls.waits if stalls is not None else Histogram(WAIT_BUCKETS_S)
+    by_name["request_wait_seconds"] = _histogram("request_wait_seconds", waits)
     out = []
     for name, (kind, text) in _FAMILIES.items():
         if by_name[name]:

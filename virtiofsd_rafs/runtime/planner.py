@@ -154,6 +154,18 @@ class Counters:
     expired: int = 0
 
 
+class Wait(NamedTuple):
+    """A chunk that somebody waits for, for people."""
+
+    key: Key
+    origin: Origin
+    since: float
+    attempts: int
+    """Tries that have failed."""
+    doing: str
+    """"fetching", "queued", "backing off", "verifying"."""
+
+
 class _Stream(NamedTuple):
     """Where a fetch ended, and the read-ahead that it was given; in bytes of the blob."""
 
@@ -374,6 +386,21 @@ class Planner:
         """Chunks that somebody waits for."""
         fetching = sum(len(fetch.wants) for fetch in self._fetches.values())
         return len(self._queue) + len(self._delayed) + len(self._verifying) + fetching
+
+    def waits(self, limit: int) -> list[Wait]:
+        """What is waited for now, longest first, at most *limit*."""
+        groups = (
+            *((fetch.wants.values(), "fetching") for fetch in self._fetches.values()),
+            (self._queue.values(), "queued"),
+            (self._delayed.values(), "backing off"),
+            (self._verifying.values(), "verifying"),
+        )
+        found = (
+            Wait(want.key, want.origin, want.first_posted, want.attempts, doing)
+            for wants, doing in groups
+            for want in wants
+        )
+        return heapq.nsmallest(limit, found, key=lambda wait: wait.since)
 
     # -- how ------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.agent import Agent
     from virtiofsd_rafs.runtime.metrics import FetchRecord
     from virtiofsd_rafs.runtime.mount import Mounted
+    from virtiofsd_rafs.runtime.planner import Wait
 
 # States as nydusd names them.
 INIT = "INIT"
@@ -31,6 +32,8 @@ RUNNING = "RUNNING"
 
 # The status shows so many of the latest fetches; the trace has them all.
 _STATUS_FETCHES = 1024
+# The status shows so many of the chunks that are waited for, longest first.
+_STATUS_WAITS = 16
 
 
 class View:
@@ -54,10 +57,13 @@ class View:
         """INIT until the image is mounted, then RUNNING, whether or not a VMM has come (as nydusd)."""
         return INIT if self._mounted is None else RUNNING
 
-    @property
-    def ready(self) -> bool:
-        """Whether a front-end that connects now is served."""
-        return self._mounted is not None
+    def unready(self) -> str:
+        """Why a front-end that connects now would have to wait; empty when it would not."""
+        if self._mounted is None:
+            return f"the image {self._config.image} is not mounted yet"
+        if not self._session.status()["processes"]["worker"]["pid"]:
+            return "no worker serves the image: one is being started"
+        return ""
 
     def daemon(self) -> dict[str, Any]:
         """What nydusd's clients ask for: id, version, state, back-end."""
@@ -88,6 +94,7 @@ class View:
         """Nodes that the status mentions and whose names are not known yet."""
         seen = {record.nodeid for record in self.metrics.log}
         seen.update(trace.nodeid for trace in self._stalls().log)
+        seen.update(wait.origin.nodeid for wait in self._waits())
         return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
 
     def name_nodes(self, nodeids: list[int]) -> None:
@@ -103,6 +110,9 @@ class View:
             return Stalls()
         self._agent.stalls.add(self._session.trace())
         return self._agent.stalls
+
+    def _waits(self) -> list[Wait]:
+        return self._agent.planner.waits(_STATUS_WAITS) if self._agent is not None else []
 
     def status(self) -> dict[str, Any]:
         """Everything: session, processes, queues, image, cache, traffic, log of fetches, longest stalls.
@@ -121,6 +131,7 @@ class View:
             "agent": self._agent_status(),
             "fetch_log": self._fetch_log(),
             "stalls": self._stall_report(),
+            "waiting": [self._wait(wait) for wait in self._waits()],
         }
         return status
 
@@ -177,13 +188,19 @@ class View:
             "image": mounted.image.name if mounted is not None else self._config.image,
             "mounted_at_ns": session.get("mounted_ns", 0),
             "first_init_ns": session.get("init_ns", 0),
+            "started_at_ns": session.get("start_ns", 0),
+            "connected_at_ns": session.get("connected_ns", 0),
+            "first_exec_ns": session.get("first_exec_ns", 0),
             "now_ns": time.monotonic_ns(),
+            "bootstrap_size": os.fstat(mounted.bootstrap_fd).st_size if mounted is not None else None,
             "blobs": [{"id": blob_id, "size": sizes.get(blob_id)} for blob_id in ids.values()],
         }
         records, stalls = list(self.metrics.log), list(self._stalls().log)
 
         def gather() -> dict[str, Any]:
-            fetches = [self._fetch(record) | {"chunks": record.chunks} for record in records]
+            fetches = [
+                self._fetch(record) | {"chunks": record.chunks} | self._use(record) for record in records
+            ]
             return head | {"fetches": fetches, "stalls": [self._stall(trace) for trace in stalls]}
 
         return gather
@@ -197,8 +214,32 @@ class View:
             "path": self._names.get(record.nodeid, ""),
         }
 
+    def _use(self, record: FetchRecord) -> dict[str, Any]:
+        """Stored bytes of its chunks by reason, and of those that no read was answered from."""
+        if self._mounted is None or record.blob_index not in self._mounted.blob_ids:
+            return {}
+        lengths = self._mounted.store.chunks(record.blob_index).lengths
+        touched = self._mounted.store.touched(record.blob_index)
+        by_reason: dict[str, int] = {}
+        unread = 0
+        for chunk, reason in record.chunks:
+            if chunk < len(lengths):
+                by_reason[reason] = by_reason.get(reason, 0) + lengths[chunk]
+                unread += 0 if touched[chunk] else lengths[chunk]
+        return {"bytes_by_reason": by_reason, "unread_bytes": unread}
+
     def _stall(self, trace: Trace) -> dict[str, Any]:
         return {"path": self._names.get(trace.nodeid, ""), **trace._asdict()}
+
+    def _wait(self, wait: Wait) -> dict[str, Any]:
+        return {
+            "path": self._names.get(wait.origin.nodeid, ""),
+            "nodeid": wait.origin.nodeid,
+            "offset": wait.origin.file_offset,
+            "since_ns": int(wait.since * 1e9),
+            "attempts": wait.attempts,
+            "doing": wait.doing,
+        }
 
     def _fetch_log(self) -> list[dict[str, Any]]:
         latest = islice(self.metrics.log, max(0, len(self.metrics.log) - _STATUS_FETCHES), None)
@@ -214,9 +255,14 @@ class View:
             "slowest": [self._stall(trace) for trace in stalls.slowest()],
         }
 
-    def prometheus(self) -> str:
+    def prometheus(self, loop_lag_s: float = 0.0) -> str:
         """The metrics as text for Prometheus."""
-        return render(self.metrics, self._samples())
+        samples = [
+            Sample("build_info", 1, (("version", __version__),)),
+            Sample("loop_lag_seconds", loop_lag_s),
+            Sample("ready", int(not self.unready())),
+        ]
+        return render(self.metrics, samples + self._samples(), self._stalls())
 
     def _samples(self) -> list[Sample]:
         status = self._session.status()
@@ -250,6 +296,8 @@ class View:
         for index in self._mounted.blob_ids:
             for state, n in store.states(index)._asdict().items():
                 totals[state] = totals.get(state, 0) + n
+        touched = sum(store.touched_counts(index).n_chunks for index in self._mounted.blob_ids)
+        samples.append(Sample("cache_chunks_touched", touched))
         samples += [Sample("cache_chunks", n, (("state", state),)) for state, n in totals.items()]
         return samples
 
