@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from tests.sim.registry import RegistrySimulator
 
+_LEFT_OUT = pytest.StashKey[int]()
 # Debian keeps some tools where an ordinary user's PATH does not look.
 _TOOL_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
@@ -25,6 +26,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="skip tests that need the tool NAME if it is not installed (else they fail); may be repeated",
     )
+    parser.addoption(
+        "--soak", action="store_true", help="run the tests marked soak too, which take 11 minutes of waiting"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves soak tests out unless they were asked for, also those that were named."""
+    if config.getoption("soak"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("soak")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says what was left out."""
+    if n := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{n} soak tests were left out; --soak runs them too")
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from virtiofsd_rafs.native.session import Session
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.sim.faulty_proxy import FaultyProxy
     from tests.sim.registry import RegistrySimulator
     from virtiofsd_rafs.native.frontend_device import Token
 
@@ -144,7 +145,7 @@ def start(
 
 
 @contextmanager
-def run_daemon(sim: RegistrySimulator, folder: Path, *options: str) -> Iterator[Daemon]:
+def run_daemon(sim: RegistrySimulator | FaultyProxy, folder: Path, *options: str) -> Iterator[Daemon]:
     """A daemon of the image ``app:1`` in *sim*; fails when it leaves a process behind."""
     arguments = ["--plain-http", "--cache-dir", str(folder / "cache"), "--log-level", "debug", *options]
     with Daemon(f"{sim.host}/app:1", folder, folder / "log", arguments) as daemon:

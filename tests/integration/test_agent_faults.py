@@ -188,6 +188,7 @@ def test_memory_stands_in_when_the_disk_is_full(start: Callable[..., Served], sm
         subprocess.run(["umount", "-l", small_disk], check=True)
 
 
+@pytest.mark.soak
 def test_a_registry_that_is_away_for_a_minute_costs_no_error(start: Callable[..., Served]) -> None:
     """The outage that the default deadline is made for, in full length."""
     served = start()
