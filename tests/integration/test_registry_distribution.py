@@ -13,8 +13,9 @@ from guest.registry import Registry
 from tests.sim.tls import make_certificate
 from virtiofsd_rafs.backends import open_source
 from virtiofsd_rafs.errors import AuthError, BackendError, BadReply, NotFound, UntrustedServer
+from virtiofsd_rafs.image.assemble import assemble
 from virtiofsd_rafs.image.build import build_image
-from virtiofsd_rafs.image.push import assemble, push_image
+from virtiofsd_rafs.image.push import push_image
 from virtiofsd_rafs.image.resolve import resolve_image
 from virtiofsd_rafs.image.upload import Pusher
 from virtiofsd_rafs.registry.reference import parse_reference

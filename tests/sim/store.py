@@ -72,7 +72,7 @@ class Store:
 
     def add_build(self, repository: str, tag: str, out: Path) -> str:
         """The image that `virtiofsd-rafs build` left in *out*, exactly as `push` would write it."""
-        from virtiofsd_rafs.image.push import assemble
+        from virtiofsd_rafs.image.assemble import assemble
 
         parts = assemble(out)
         for upload in parts.uploads:

@@ -10,8 +10,9 @@ import pytest
 
 from tests.sim.gate import Auth
 from virtiofsd_rafs.errors import AuthError, BadReply, ConfigError, DigestMismatch, NotFound, Unreachable
+from virtiofsd_rafs.image.assemble import assemble
 from virtiofsd_rafs.image.build import build_image
-from virtiofsd_rafs.image.push import assemble, push_image
+from virtiofsd_rafs.image.push import push_image
 from virtiofsd_rafs.image.resolve import resolve_image
 from virtiofsd_rafs.image.upload import Pusher
 from virtiofsd_rafs.registry import manifest as m

@@ -11,7 +11,7 @@ from virtiofsd_rafs.backends.client import Download, RegistryClient
 from virtiofsd_rafs.backends.credentials import load_docker_config
 from virtiofsd_rafs.backends.http import HttpClient
 from virtiofsd_rafs.backends.retry import with_retries
-from virtiofsd_rafs.image.resolve import store_layer, stored_layer
+from virtiofsd_rafs.image.layer_store import store_layer, stored_layer
 from virtiofsd_rafs.registry.manifest import MAX_MANIFEST_LEN, digest_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ aiohttp nor asyncio is imported here: the coroutine never waits.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from pathlib import Path
@@ -17,9 +16,8 @@ import attrs
 
 from virtiofsd_rafs.errors import BadImage, ConfigError, NotFound, UnsupportedFeature
 from virtiofsd_rafs.image.content import ContentStore
-from virtiofsd_rafs.image.layer import LayerFiles, decompress, extract_layer
+from virtiofsd_rafs.image.layer_store import stored_layer
 from virtiofsd_rafs.registry.manifest import (
-    ANNOTATION_UNCOMPRESSED,
     MAX_BOOTSTRAP_LEN,
     MAX_MANIFEST_LEN,
     Descriptor,
@@ -27,16 +25,17 @@ from virtiofsd_rafs.registry.manifest import (
     Manifest,
     NydusLayers,
     choose_manifests,
-    digest_of,
     host_architecture,
     no_nydus_image,
     nydus_layers,
     parse_manifest,
 )
-from virtiofsd_rafs.registry.reference import Reference, is_sha256, parse_reference
+from virtiofsd_rafs.registry.reference import Reference, parse_reference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from virtiofsd_rafs.image.layer import LayerFiles
 
 _log = logging.getLogger(__name__)
 
@@ -190,45 +189,6 @@ class _CachedContent:
 
     async def layer(self, descriptor: Descriptor) -> LayerFiles | None:
         return stored_layer(self._store, descriptor)
-
-
-def stored_layer(store: ContentStore, descriptor: Descriptor) -> LayerFiles | None:
-    """The bootstrap layer in the store.
-
-    Where the manifest also promises the digest of the uncompressed tar, the tar itself is kept under that
-    digest: hashing is ten times faster than inflating, and the chain of digests stays whole.
-    """
-    uncompressed = uncompressed_digest(descriptor)
-    tar = store.get(uncompressed, limit=MAX_BOOTSTRAP_LEN) if uncompressed else None
-    if tar is None:
-        packed = store.get(descriptor.digest, limit=MAX_BOOTSTRAP_LEN)
-        if packed is None:
-            return None
-        tar = decompress(io.BytesIO(packed))
-    return extract_layer(tar)
-
-
-def store_layer(store: ContentStore, descriptor: Descriptor, packed: bytes) -> LayerFiles:
-    """Keeps the layer *packed*, which the caller has verified, in the form that ``stored_layer`` likes best.
-
-    Raises BadImage before anything is kept when there is no bootstrap in it.
-    """
-    tar = decompress(io.BytesIO(packed))
-    files = extract_layer(tar)
-    uncompressed = uncompressed_digest(descriptor)
-    # The annotation may come from a sloppy tool; the layer's own digest was right, so the image is served all
-    # the same.
-    if uncompressed and digest_of(tar) == uncompressed:
-        store.put(uncompressed, tar)
-    else:
-        store.put(descriptor.digest, packed)
-    return files
-
-
-def uncompressed_digest(descriptor: Descriptor) -> str | None:
-    """The digest of the layer's uncompressed tar, if its descriptor promises one."""
-    digest = descriptor.annotations.get(ANNOTATION_UNCOMPRESSED, "")
-    return digest if is_sha256(digest) else None
 
 
 class _Walk:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from virtiofsd_rafs.image.push import Upload
+    from virtiofsd_rafs.image.assemble import Upload
     from virtiofsd_rafs.registry.reference import Reference
 
 # Larger blobs go in pieces of this size: a broken connection then costs one piece, and proxies that bound a
