@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 Pull = Literal["missing", "always", "never"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Prefetch = Literal["table", "none", "all"]
+Fill = Literal["after-start", "never", "now"]
 
 PULLS: tuple[Pull, ...] = ("missing", "always", "never")
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
+PREFETCHES: tuple[Prefetch, ...] = ("table", "none", "all")
+FILLS: tuple[Fill, ...] = ("after-start", "never", "now")
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -105,6 +109,24 @@ class ServeConfig:
     """Compressed bytes that one fetch may span beyond what was asked for; 0: no read-ahead."""
     connections: int = attrs.field(default=DEFAULT_CONNECTIONS, validator=_between(1, MAX_CONNECTIONS))
     """Fetches at once."""
+    prefetch_files: Path | None = None
+    """A list of files to fetch after the mount, before anybody asks."""
+    prefetch: Prefetch = attrs.field(default="table", validator=_one_of(*PREFETCHES))
+    """What else: what the image's own table names, nothing, or the whole image."""
+    fill: Fill = attrs.field(default="never", validator=_one_of(*FILLS))
+    """When the rest of the image is fetched: most guests use a small part of it, so never, unless asked."""
+    fill_rate: int = attrs.field(default=0, validator=_between(0, 1 << 40))
+    """Bytes per second of the fill; 0: what the link carries."""
     spill_size: int = attrs.field(default=DEFAULT_SPILL_SIZE, validator=_between(MIN_SPILL_SIZE, 1 << 40))
     retry_first_s: float = attrs.field(default=DEFAULT_RETRY_FIRST_S, validator=_between(0.001, 60.0))
     retry_cap_s: float = attrs.field(default=DEFAULT_RETRY_CAP_S, validator=_between(0.001, 60.0))
+
+    def __attrs_post_init__(self) -> None:
+        ahead = self.fill != "never" or self.prefetch == "all" or self.prefetch_files is not None
+        if ahead and self.connections < 2:
+            raise ConfigError(
+                "connections is 1, and one is always free for what the guest waits for",
+                remedy="at least 2 for prefetch and fill",
+            )
+        if self.fill != "never" and self.cache_dir is None:
+            raise ConfigError("fill needs a disk", remedy="give --cache-dir instead of --no-cache")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from virtiofsd_rafs.runtime.planner import MAX_RETRY_AFTER_S, Origin, Planner, Posted
+from virtiofsd_rafs.runtime.planner import MAX_RETRY_AFTER_S, Planner
+from virtiofsd_rafs.runtime.wants import Origin, Posted
 
 WHO = Origin(7, 0)
 KIB = 1024

@@ -13,9 +13,11 @@ from virtiofsd_rafs.config import (
     DEFAULT_CONNECTIONS,
     DEFAULT_IO_DEADLINE_S,
     DEFAULT_SPILL_SIZE,
+    FILLS,
     LOG_LEVELS,
     MAX_AMPLIFY,
     MIN_SPILL_SIZE,
+    PREFETCHES,
     PULLS,
     ServeConfig,
     default_api_socket,
@@ -72,6 +74,32 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     "--connections", type=int, default=DEFAULT_CONNECTIONS, show_default=True, help="Fetches at once."
 )
 @click.option(
+    "--prefetch-files",
+    type=_FILE,
+    help="Fetch the files that this list names before the guest asks (as `record` writes it).",
+)
+@click.option(
+    "--prefetch",
+    type=click.Choice(PREFETCHES),
+    default="table",
+    show_default=True,
+    help="What else to fetch before the guest asks: what the image's own table names, or all of it.",
+)
+@click.option(
+    "--fill",
+    type=click.Choice(FILLS),
+    default="never",
+    show_default=True,
+    help="When to fetch the rest of the image, after which it needs no registry any more.",
+)
+@click.option(
+    "--fill-rate",
+    type=Size(),
+    default=0,
+    show_default="what the link carries",
+    help="Bytes per second of the fill.",
+)
+@click.option(
     "--spill-size",
     type=Size(MIN_SPILL_SIZE),
     default=DEFAULT_SPILL_SIZE,
@@ -94,6 +122,10 @@ def serve(
     io_deadline: float,
     amplify: int,
     connections: int,
+    prefetch_files: Path | None,
+    prefetch: str,
+    fill: str,
+    fill_rate: int,
     spill_size: int,
     keep: bool,
     log_level: str,
@@ -120,6 +152,10 @@ def serve(
         keep=keep,
         amplify=amplify,
         connections=connections,
+        prefetch_files=prefetch_files and prefetch_files.absolute(),
+        prefetch=prefetch,  # type: ignore[arg-type]  # click has checked the choice
+        fill=fill,  # type: ignore[arg-type]  # click has checked the choice
+        fill_rate=fill_rate,
         spill_size=spill_size,
     )
     from virtiofsd_rafs.runtime.serve import serve as run

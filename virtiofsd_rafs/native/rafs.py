@@ -20,6 +20,7 @@ from virtiofsd_rafs.rafs.v6 import ChunkRef, Dirent, Xattr
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from mmap import mmap
 
 __all__ = ["BlobEntry", "ChunkInfo", "ChunkRef", "Dirent", "Inode", "NativeTree", "SuperBlock", "Xattr"]
 
@@ -30,6 +31,7 @@ _SYMLINK_MAX = 4096
 _XATTR_VALUE_MAX = 65535
 _PARTS_PER_CALL = 256
 _CHUNKS_PER_CALL = 1024
+_RUNS_FIRST = 256
 _U64_MAX = (1 << 64) - 1
 
 
@@ -107,12 +109,23 @@ class BlobEntry(NamedTuple):
     toc_digest: bytes | None
 
 
+class FileRun(NamedTuple):
+    """Chunks with consecutive numbers that follow each other in a file."""
+
+    nid: int
+    offset: int
+    """Where the first chunk starts in the file; the others follow at the distance of the chunk size."""
+    blob_index: int
+    first: int
+    n_chunks: int
+
+
 def _signed(value: int) -> int:
     """The signed number that a u64 stands for."""
     return value - (1 << 64) if value >> 63 else value
 
 
-def _buffer(data: bytes) -> Any:
+def _buffer(data: bytes | mmap) -> Any:
     return ffi.from_buffer("uint8_t[]", data)
 
 
@@ -122,7 +135,7 @@ class NativeTree:
     Raises BadImage or UnsupportedFeature.
     """
 
-    def __init__(self, image: bytes) -> None:
+    def __init__(self, image: bytes | mmap) -> None:
         handle = ffi.new("void **")
         raise_for(lib.vr_rafs_open(_buffer(image), len(image), handle))
         self._handle = ffi.gc(handle[0], lib.vr_rafs_close, len(image))
@@ -229,6 +242,26 @@ class NativeTree:
                 part = ChunkRef(*values[at : at + lib.VR_RAFS_PART_LEN])
                 offset += part.length
                 yield part
+
+    def runs(self, nid: int, offset: int = 0, length: int | None = None) -> list[FileRun]:
+        """The chunks behind a part of file *nid*, or behind all files below directory *nid*.
+
+        Whole chunks, each file once; what lies in the bootstrap has none.
+        """
+        wanted = _U64_MAX if length is None else length
+        size = _RUNS_FIRST
+        while True:
+            out = ffi.new("uint64_t[]", size * lib.VR_RAFS_RUN_LEN)
+            n = raise_for(
+                lib.vr_rafs_runs(self._handle, nid, min(offset, _U64_MAX), min(wanted, _U64_MAX), out, size)
+            )
+            if n <= size:
+                values = ffi.unpack(out, n * lib.VR_RAFS_RUN_LEN) if n else []
+                return [
+                    FileRun(*values[at : at + lib.VR_RAFS_RUN_LEN])
+                    for at in range(0, len(values), lib.VR_RAFS_RUN_LEN)
+                ]
+            size = n
 
     def inline_data(self, inode: Inode, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes ``[offset, offset + length)``, clipped to the size, of a file that lies in the bootstrap."""

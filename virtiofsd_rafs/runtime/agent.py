@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from virtiofsd_rafs.backends.base import ANSWERED_BY
 from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
 from virtiofsd_rafs.native.store import OK, OUTCOME_NAMES, trim
+from virtiofsd_rafs.runtime.first_start import FirstStart
 from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls, runs_of
-from virtiofsd_rafs.runtime.planner import Fetch, Key, Origin, Planner, Posted
+from virtiofsd_rafs.runtime.planner import Planner
+from virtiofsd_rafs.runtime.wants import NOBODY, Origin, Posted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.config import ServeConfig
     from virtiofsd_rafs.native.session import Post, Trace
     from virtiofsd_rafs.native.store import Store
+    from virtiofsd_rafs.runtime.layout import Key
+    from virtiofsd_rafs.runtime.wants import Fetch
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -65,7 +69,19 @@ class Posts(Protocol):
 
 
 class Agent:
-    """Serves the posts of one mounted image. *source* is awaited when the first byte is needed."""
+    """Serves the posts of one mounted image.
+
+    Args:
+        session: posts come from it, and it is woken when chunks have come.
+        store: the chunks.
+        blob_ids: ids of the blobs by number.
+        source: awaited when the first byte is needed.
+        config: deadlines, sizes, what to fetch in advance.
+        metrics: what happens is counted there.
+        bootstrap_fd: the mounted bootstrap; without it nothing is known of files.
+        started_ns: when FUSE_INIT was answered (CLOCK_MONOTONIC), 0 before.
+        completed: called when the source is not needed any more, each time that becomes true.
+    """
 
     def __init__(
         self,
@@ -75,6 +91,10 @@ class Agent:
         source: Callable[[], Awaitable[BlobSource]],
         config: ServeConfig,
         metrics: Metrics,
+        *,
+        bootstrap_fd: int | None = None,
+        started_ns: Callable[[], int] = lambda: 0,
+        completed: Callable[[], None] = lambda: None,
     ) -> None:
         self._session = session
         self._store = store
@@ -85,6 +105,7 @@ class Agent:
         # What the disk refused when the files were opened was told then.
         self._disk_trouble_told = store.stats().disk_errors > 0
         chunks = {index: store.chunks(index) for index in blob_ids}
+        touched = {index: store.touched(index) for index in blob_ids}
         amplify = config.amplify
         if not all(view.has_data for view in chunks.values()):
             # Without a disk, what is read ahead pushes out what somebody waits for.
@@ -96,6 +117,18 @@ class Agent:
             io_deadline_s=config.io_deadline_s,
             retry_first_s=config.retry_first_s,
             retry_cap_s=config.retry_cap_s,
+            fill_rate=config.fill_rate,
+            touched=lambda key: bool(touched[key[0]][key[1]]),
+        )
+        self.first_start = FirstStart(
+            config,
+            store,
+            blob_ids,
+            self.planner,
+            bootstrap_fd=bootstrap_fd,
+            pump=self._pump,
+            started_ns=started_ns,
+            completed=completed,
         )
         self.stalls = Stalls()
         self._pool: ThreadPoolExecutor | None = None
@@ -110,12 +143,15 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._session.post_fd, self._readable)
         self._take_posts()
+        self.first_start.start()
+        self._pump()
 
     async def close(self) -> None:
         """Stops serving. Chunks that were being fetched are absent again."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.remove_reader(self._session.post_fd)
+        await self.first_start.close()
         for timer in (self._timer, self._idle_timer):
             if timer is not None:
                 timer.cancel()
@@ -167,7 +203,7 @@ class Agent:
         self._metrics.verifications["good" if good else "bad"] += 1
         if not good:
             _log.error("chunk %d of blob %s is damaged in the cache", key[1], self._blob_ids[key[0]])
-            self.planner.post(key, time.monotonic(), Origin(0, 0))
+            self.planner.post(key, time.monotonic(), NOBODY)
         self._session.wake()
         self._pump()
 
@@ -202,6 +238,7 @@ class Agent:
             pool, self._pool = self._pool, None
             pool.shutdown(wait=False)
             trim()
+            self.first_start.settled()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -213,6 +250,8 @@ class Agent:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("internal error", exc_info=error)
         self._pump()
+        if not self._tasks and not self.planner.busy:
+            self.first_start.settled()
 
     async def _run(self, work: Callable[[], T]) -> T:
         if self._pool is None:

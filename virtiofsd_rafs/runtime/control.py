@@ -97,6 +97,7 @@ class _Control:
         self._api = api
         self._config = config
         self._source: BlobSource | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     def run(self) -> int:
         mounter = Mounter(self._keeper, self._config)
@@ -134,6 +135,7 @@ class _Control:
             await stop_api()
             if self._source is not None:
                 await self._source.close()
+            await asyncio.gather(*self._closing, return_exceptions=True)
         return 0
 
     def _keeper_readable(self, gone: asyncio.Event) -> None:
@@ -166,6 +168,16 @@ class _Control:
                 self._source = open_source(image, self._config)
         return self._source
 
+    def _close_source(self) -> None:
+        """All of the image is here. Should a chunk be lost, the source is opened again."""
+        import asyncio
+
+        source, self._source = self._source, None
+        if source is not None:
+            task = asyncio.ensure_future(source.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
     def _start_agent(self, mounted: Mounted, view: View) -> Agent:
         import asyncio
 
@@ -175,7 +187,17 @@ class _Control:
             return await self._open_source(mounted.image)
 
         store = mounted.store
-        agent = Agent(self._session, store, mounted.blob_ids, source, self._config, view.metrics)
+        agent = Agent(
+            self._session,
+            store,
+            mounted.blob_ids,
+            source,
+            self._config,
+            view.metrics,
+            bootstrap_fd=mounted.bootstrap_fd,
+            started_ns=lambda: int(self._session.status()["session"]["init_ns"]),
+            completed=self._close_source,
+        )
         view.serving(mounted, agent)
         agent.start()
         if any(store.states(index).absent for index in mounted.blob_ids):

@@ -6,6 +6,9 @@ blob: a wanted chunk, wanted neighbours, and, while connections are free, the ab
 the blob (read-ahead, in a window that grows while somebody reads on). A chunk is in at most one fetch,
 however many posts ask for it.
 
+While nobody waits, or the link has room beside those who do, lists are prefetched and the image is filled
+(:mod:`~virtiofsd_rafs.runtime.background`). Who then wants such a chunk joins its fetch.
+
 A failed fetch puts its wants back, later and alone or with other wants, never with read-ahead: a bad
 neighbour must not harm them twice. What was only read ahead is forgotten. A want whose deadline has passed is
 dropped; the chunk is absent then, and the next post starts anew.
@@ -16,25 +19,23 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import deque
-from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
-import attrs
+from virtiofsd_rafs.runtime.background import BACKGROUND_MIN, Background, Load
+from virtiofsd_rafs.runtime.layout import Layout
+from virtiofsd_rafs.runtime.link import Link
+from virtiofsd_rafs.runtime.readahead import ReadAhead
+from virtiofsd_rafs.runtime.wants import Counters, Fetch, Origin, Posted, Wait, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from virtiofsd_rafs.runtime.layout import Chunks, Key
+    from virtiofsd_rafs.runtime.wants import Reason
+
 # Two ranges are merged when what lies between them is at most this part of ``amplify`` (as nydusd does it):
 # bytes that nobody needs, against a round trip.
 GAP_SHIFT = 7
-# Read-ahead starts with this part of ``amplify`` and doubles when the next want lies where it would have read
-# on: most reads of a booting system are small and far apart, and what is read ahead in vain delays what is
-# wanted.
-FIRST_WINDOW_SHIFT = 3
-# Ends of fetches that are remembered per blob, to recognise who reads on: as many streams as can grow at
-# once.
-STREAMS = 16
 # A server's request to pause is honoured up to this: its mistake must not outlast an outage.
 MAX_RETRY_AFTER_S = 30.0
 # Errors that another try seldom cures (not found, refused) are tried again too, because credentials are
@@ -43,184 +44,21 @@ HOPELESS_FACTOR = 4.0
 # What one fetch may turn into when it is decoded, as a multiple of ``amplify``: an image whose chunks shrink
 # a thousandfold must not make a small read decode gigabytes.
 MAX_EXPANSION = 8
-# How many neighbours are looked at: an image may place any number of chunks at the same offset.
-MAX_LOOK = 8192
-
-Key = tuple[int, int]
-"""(blob, chunk): a blob's number among all that the daemon serves, and a chunk's number in it."""
-
-
-class Chunks(Protocol):
-    """Places and states of one blob's chunks, as of this moment."""
-
-    @property
-    def offsets(self) -> Sequence[int]:
-        """Byte offset of each chunk in the blob."""
-        ...
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Stored bytes of each chunk."""
-        ...
-
-    def size(self, chunk: int) -> int:
-        """Uncompressed bytes of the chunk."""
-        ...
-
-    def promised(self, chunk: int) -> bool:
-        """Whether the image describes the chunk (numbers may have gaps)."""
-        ...
-
-    def ready(self, chunk: int) -> bool:
-        """Whether it may be served."""
-        ...
-
-    def unverified(self, chunk: int) -> bool:
-        """Whether bytes are stored that must be verified first."""
-        ...
-
-
-class Posted(Enum):
-    """What became of a post."""
-
-    READY = "ready"  # wake the workers: it is there
-    QUEUED = "queued"
-    JOINED = "joined"  # somebody waits for it already, or it was read ahead
-    VERIFY = "verify"  # stored, to be verified: see Planner.next_verifications
-    INVALID = "invalid"  # the image has no such chunk
-
-
-class Origin(NamedTuple):
-    """Who asked first, for the log of fetches."""
-
-    nodeid: int
-    file_offset: int
-
-
-@attrs.define(eq=False)
-class Want:
-    """A chunk that somebody waits for."""
-
-    key: Key
-    origin: Origin
-    first_posted: float
-    deadline: float
-    attempts: int = 0
-    alone: bool = False
-    """Its bytes were bad: fetch it by itself."""
-
-
-@attrs.define(eq=False)
-class Fetch:
-    """A range of a blob to fetch, and the chunks to take from it."""
-
-    fetch_id: int
-    blob: int
-    offset: int
-    length: int
-    chunks: tuple[int, ...]
-    """By their place in the blob."""
-    wants: dict[int, Want]
-    """Those chunks of it that somebody waits for; grows while the fetch runs."""
-    started: float
-    attempt: int
-    """1 for the first try."""
-    reason: str = "demand"
-    demanded: frozenset[int] = frozenset()
-    """Chunks that somebody waited for when it was planned; the others were read ahead."""
-
-    def reasons(self) -> list[tuple[int, str]]:
-        """Why each of its chunks was fetched."""
-        return [(c, "demand" if c in self.demanded else "read-ahead") for c in self.chunks]
-
-    @property
-    def origin(self) -> Origin:
-        """Who asked first."""
-        return next(iter(self.wants.values())).origin
-
-
-@attrs.define
-class Counters:
-    """What happened since the start."""
-
-    posts: int = 0
-    invalid_posts: int = 0
-    fetches: int = 0
-    retries: int = 0
-    chunks_wanted: int = 0
-    chunks_read_ahead: int = 0
-    read_ahead_used: int = 0
-    """Chunks that were posted while a fetch that read them ahead was under way."""
-    expired: int = 0
-
-
-class Wait(NamedTuple):
-    """A chunk that somebody waits for, for people."""
-
-    key: Key
-    origin: Origin
-    since: float
-    attempts: int
-    """Tries that have failed."""
-    doing: str
-    """"fetching", "queued", "backing off", "verifying"."""
-
-
-class _Stream(NamedTuple):
-    """Where a fetch ended, and the read-ahead that it was given; in bytes of the blob."""
-
-    end: int
-    window: int
-
-
-class _Layout:
-    """Chunks of a blob in the order of their places. Builders number them so; others are sorted once."""
-
-    __slots__ = ("_order", "_rank", "chunks")
-
-    def __init__(self, chunks: Chunks) -> None:
-        self.chunks = chunks
-        offsets = chunks.offsets
-        self._order: list[int] | None = None
-        self._rank: list[int] = []
-        # Numbers that the image does not describe stand at 0 and are skipped later, whatever their place.
-        last = 0
-        for chunk, offset in enumerate(offsets):
-            if chunks.promised(chunk):
-                if offset < last:
-                    break
-                last = offset
-        else:
-            return
-        self._order = sorted(range(len(offsets)), key=offsets.__getitem__)
-        self._rank = [0] * len(offsets)
-        for rank, chunk in enumerate(self._order):
-            self._rank[chunk] = rank
-
-    def after(self, chunk: int) -> Iterable[int]:
-        """The described chunks behind *chunk*, nearest first."""
-        if self._order is None:
-            numbers: Iterable[int] = range(chunk + 1, len(self.chunks.offsets))
-        else:
-            numbers = itertools.islice(self._order, self._rank[chunk] + 1, None)
-        return filter(self.chunks.promised, itertools.islice(numbers, MAX_LOOK))
-
-    def before(self, chunk: int) -> Iterable[int]:
-        """The described chunks in front of *chunk*, nearest first."""
-        if self._order is None:
-            numbers: Iterable[int] = range(chunk - 1, -1, -1)
-        else:
-            order = self._order
-            numbers = (order[rank] for rank in range(self._rank[chunk] - 1, -1, -1))
-        return filter(self.chunks.promised, itertools.islice(numbers, MAX_LOOK))
 
 
 class Planner:
     """See the module's comment.
 
-    *amplify* is the most that a fetch spans beyond its first chunk, *first_window* the read-ahead that it
-    starts with (an eighth of that when nobody says). *rng* returns numbers in [0, 1) and is the source of
-    jitter.
+    Args:
+        blobs: places and states of all chunks.
+        amplify: the most that a fetch spans beyond its first chunk.
+        connections: fetches at once.
+        io_deadline_s: how long somebody waits.
+        retry_first_s, retry_cap_s: pauses between tries.
+        first_window: the read-ahead that a fetch starts with; see ReadAhead.
+        fill_rate: bytes per second of the fill; 0: what the link carries.
+        touched: whether a read was answered from a chunk; None when nobody can tell.
+        rng: numbers in [0, 1), the source of jitter.
     """
 
     def __init__(
@@ -233,14 +71,27 @@ class Planner:
         retry_first_s: float,
         retry_cap_s: float,
         first_window: int | None = None,
+        fill_rate: int = 0,
+        touched: Callable[[Key], bool] | None = None,
         rng: Callable[[], float] = random.random,
     ) -> None:
         self._blobs = blobs
-        self._layouts: dict[int, _Layout] = {}  # made when a blob is first fetched from: start-up is short
+        self._layouts: dict[int, Layout] = {}  # made when a blob is first fetched from: start-up is short
         self._amplify = amplify
         self._gap = amplify >> GAP_SHIFT
-        self._first_window = amplify >> FIRST_WINDOW_SHIFT if first_window is None else first_window
-        self._streams: dict[int, deque[_Stream]] = {}
+        self._read_ahead = ReadAhead(amplify=amplify, first_window=first_window, touched=touched)
+        self.link = Link()
+        self.background = Background(
+            blobs=blobs,
+            layout=self._layout,
+            absent=self._absent,
+            link=self.link,
+            gap=self._gap,
+            max_size=max(amplify, BACKGROUND_MIN) * MAX_EXPANSION,
+            slots=connections - 1,
+            fill_rate=fill_rate,
+            retry_first_s=retry_first_s,
+        )
         self._connections = connections
         self._io_deadline_s = io_deadline_s
         self._retry_first_s = retry_first_s
@@ -256,6 +107,9 @@ class Planner:
         self._verify_next: list[Key] = []
         self._fetches: dict[int, Fetch] = {}
         self._paused_until = 0.0
+        self._bytes_in_flight = 0
+        self._demanding = 0  # fetches that somebody waits for
+        self._last_demand = float("-inf")
         self._found_ready = False
         self.counters = Counters()
 
@@ -280,7 +134,11 @@ class Planner:
             want = fetch.wants.get(key[1])
             if want is None:
                 fetch.wants[key[1]] = Want(key, origin, now, deadline)
-                self.counters.read_ahead_used += 1
+                if fetch.reason == "demand":
+                    self.counters.read_ahead_used += 1
+                else:
+                    self.counters.prefetch_used += 1
+                    self._demanding += 1 if len(fetch.wants) == 1 else 0
             else:
                 want.deadline = deadline
             return Posted.JOINED
@@ -300,29 +158,41 @@ class Planner:
 
     def stored(self, fetch_id: int, bad: Iterable[int], now: float) -> None:
         """A fetch has ended; its chunks are stored, except *bad* ones, whose bytes were wrong."""
-        fetch = self._end(fetch_id)
+        fetch = self._end(fetch_id, now)
+        self.link.ended(fetch.started, now, fetch.length)
+        if fetch.reason != "demand":
+            self.background.worked()
         for chunk in bad:
             want = fetch.wants.get(chunk)
             if want is not None:
                 want.alone = True
                 self._retry(want, now, self._pause(want))
+            elif fetch.reason != "demand":
+                self.counters.given_up += self.background.bad(fetch.reason, (fetch.blob, chunk))
 
     def failed(
         self, fetch_id: int, now: float, *, retry_after_s: float | None = None, hopeless: bool = False
     ) -> None:
         """A fetch delivered nothing. *retry_after_s* is what the server asked for."""
-        fetch = self._end(fetch_id)
+        fetch = self._end(fetch_id, now)
         asked = min(retry_after_s or 0.0, MAX_RETRY_AFTER_S)
         if asked:
             self._paused_until = max(self._paused_until, now + asked)
         for want in fetch.wants.values():
             pause = self._pause(want) * (HOPELESS_FACTOR if hopeless else 1.0)
             self._retry(want, now, max(pause, asked))
+        if fetch.reason != "demand":
+            left = [(fetch.blob, chunk) for chunk in fetch.chunks if chunk not in fetch.wants]
+            self.background.failed(fetch.reason, left, now + asked, self._rng(), hopeless=hopeless)
 
-    def _end(self, fetch_id: int) -> Fetch:
+    def _end(self, fetch_id: int, now: float) -> Fetch:
         fetch = self._fetches.pop(fetch_id)
         for chunk in fetch.chunks:
             del self._fetching[fetch.blob, chunk]
+        self._bytes_in_flight -= fetch.length
+        if fetch.wants:
+            self._demanding -= 1
+            self._last_demand = now
         return fetch
 
     def _pause(self, want: Want) -> float:
@@ -363,7 +233,29 @@ class Planner:
                 self._found_ready = True  # another daemon was quicker
             else:
                 fetches.append(self._plan(want, now))
+        if not self._queue:
+            self._plan_background(fetches, now)
         return fetches
+
+    def _plan_background(self, fetches: list[Fetch], now: float) -> None:
+        """Adds to *fetches* what the link can carry beside what somebody waits for."""
+        while (picked := self.background.pick(self._load(), now)) is not None:
+            fetch = self._start(picked.blob, picked.start, picked.end, picked.chunks, {}, now, picked.reason)
+            self.counters.background_fetches += 1
+            if picked.reason == "prefetch":
+                self.counters.chunks_prefetched += len(picked.chunks)
+            else:
+                self.counters.chunks_filled += len(picked.chunks)
+            fetches.append(fetch)
+
+    def _load(self) -> Load:
+        """What is under way."""
+        return Load(
+            free=self._connections - len(self._fetches),
+            n_bytes=self._bytes_in_flight,
+            demand=self._demanding > 0 or bool(self._queue or self._delayed or self._verifying),
+            last_demand=self._last_demand,
+        )
 
     def take_found_ready(self) -> bool:
         """Whether wanted chunks became ready without us since the last call: the workers must be woken."""
@@ -372,9 +264,25 @@ class Planner:
 
     def next_event(self) -> float | None:
         """When :meth:`next_fetches` has something to do without a new event; None: never."""
-        if self._queue and len(self._fetches) < self._connections:
-            return self._paused_until
-        return max(self._delayed_heap[0][0], self._paused_until) if self._delayed_heap else None
+        if self._queue:
+            if len(self._fetches) < self._connections:
+                return self._paused_until
+            return self._delayed_heap[0][0] if self._delayed_heap else None
+        events = [self._delayed_heap[0][0]] if self._delayed_heap else []
+        background = self.background.next_event(self._load())
+        if background is not None:
+            events.append(background)
+        return max(min(events), self._paused_until) if events else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is to be fetched, now or later."""
+        return bool(self._fetches or self.waiting or self.background)
+
+    @property
+    def last_demand(self) -> float:
+        """When the last fetch for somebody who waited ended; minus infinity before."""
+        return self._last_demand
 
     @property
     def in_flight(self) -> int:
@@ -404,10 +312,10 @@ class Planner:
 
     # -- how ------------------------------------------------------------------------------------------------
 
-    def _layout(self, blob: int) -> _Layout:
+    def _layout(self, blob: int) -> Layout:
         layout = self._layouts.get(blob)
         if layout is None:
-            layout = self._layouts[blob] = _Layout(self._blobs[blob])
+            layout = self._layouts[blob] = Layout(self._blobs[blob])
         return layout
 
     def _plan(self, want: Want, now: float) -> Fetch:
@@ -430,7 +338,7 @@ class Planner:
             room = self._connections - len(self._fetches) - 1
             read_ahead = want.attempts == 0 and len(self._queue) <= room
             budget = self._amplify * MAX_EXPANSION - layout.chunks.size(chunk)
-            window = self._window(blob, offsets[chunk])
+            window = self._read_ahead.window(blob, offsets[chunk])
             for other in layout.after(chunk):
                 at, stop = offsets[other], offsets[other] + lengths[other]
                 if at - end > self._gap or stop - start > self._amplify:
@@ -442,7 +350,24 @@ class Planner:
                     budget -= layout.chunks.size(other)
                     if budget <= 0:
                         break
-            self._streams[blob].append(_Stream(end, window))
+            self._read_ahead.planned(blob, end, window, [other for other in chunks if other not in wants])
+        fetch = self._start(blob, start, end, chunks, wants, now, "demand", want.attempts + 1)
+        self.counters.fetches += 1
+        self.counters.chunks_wanted += len(wants)
+        self.counters.chunks_read_ahead += len(chunks) - len(wants)
+        return fetch
+
+    def _start(
+        self,
+        blob: int,
+        start: int,
+        end: int,
+        chunks: Sequence[int],
+        wants: dict[int, Want],
+        now: float,
+        reason: Reason,
+        attempt: int = 1,
+    ) -> Fetch:
         fetch = Fetch(
             fetch_id=next(self._ids),
             blob=blob,
@@ -451,25 +376,16 @@ class Planner:
             chunks=tuple(chunks),
             wants=wants,
             started=now,
-            attempt=want.attempts + 1,
+            attempt=attempt,
+            reason=reason,
             demanded=frozenset(wants),
         )
         self._fetches[fetch.fetch_id] = fetch
         for number in chunks:
             self._fetching[blob, number] = fetch
-        self.counters.fetches += 1
-        self.counters.chunks_wanted += len(wants)
-        self.counters.chunks_read_ahead += len(chunks) - len(wants)
+        self._bytes_in_flight += fetch.length
+        self._demanding += 1 if wants else 0
         return fetch
-
-    def _window(self, blob: int, offset: int) -> int:
-        """How far to read ahead from a want at byte *offset*: farther, if an earlier fetch led up to it."""
-        streams = self._streams.setdefault(blob, deque(maxlen=STREAMS))
-        for stream in streams:
-            if 0 <= offset - stream.end <= stream.window:
-                streams.remove(stream)
-                return min(2 * stream.window, self._amplify)
-        return self._first_window
 
     def _take(self, blob: int, chunk: int, wants: dict[int, Want]) -> bool:
         """Moves the want for *chunk* from the queue into *wants*, if there is one that may have company."""

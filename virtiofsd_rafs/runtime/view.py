@@ -13,6 +13,7 @@ import attrs
 
 from virtiofsd_rafs import __version__
 from virtiofsd_rafs.native.store import paths
+from virtiofsd_rafs.runtime.first_start import is_complete
 from virtiofsd_rafs.runtime.metrics import Metrics, Sample, Stalls, render
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.agent import Agent
     from virtiofsd_rafs.runtime.metrics import FetchRecord
     from virtiofsd_rafs.runtime.mount import Mounted
-    from virtiofsd_rafs.runtime.planner import Wait
+    from virtiofsd_rafs.runtime.wants import Wait
 
 # States as nydusd names them.
 INIT = "INIT"
@@ -155,6 +156,7 @@ class View:
         return {
             "name": mounted.image.name,
             "manifest_digest": mounted.image.manifest_digest,
+            "complete": is_complete(mounted.store, mounted.blob_ids),
             "bootstrap_size": os.fstat(mounted.bootstrap_fd).st_size,
             "blobs": blobs,
         }
@@ -165,6 +167,7 @@ class View:
             planner = self._agent.planner
             status |= {
                 "planner": attrs.asdict(planner.counters),
+                "first_start": self._agent.first_start.status(),
                 "chunks_waiting": planner.waiting,
                 "fetches_in_flight": planner.in_flight,
                 "cache": {
@@ -287,6 +290,10 @@ class View:
             Sample("expired_total", counters.expired),
             Sample("chunks_wanted_total", counters.chunks_wanted),
             Sample("chunks_read_ahead_total", counters.chunks_read_ahead),
+            Sample("chunks_prefetched_total", counters.chunks_prefetched),
+            Sample("prefetch_joined_total", counters.prefetch_used),
+            Sample("chunks_filled_total", counters.chunks_filled),
+            Sample("image_complete", int(is_complete(store, self._mounted.blob_ids))),
             Sample("chunks_waiting", planner.waiting),
             Sample("fetches_in_flight", planner.in_flight),
             Sample("cache_disk_errors_total", stats.disk_errors),

@@ -5,6 +5,7 @@
 //! packed records; strings have a length and no NUL.
 
 pub mod blobs;
+pub mod runs;
 
 use std::ffi::c_void;
 use std::sync::OnceLock;

@@ -1,0 +1,146 @@
+"""What is to be fetched while nobody waits: lists of chunks (prefetch), and all that is absent (fill)."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from virtiofsd_rafs.runtime.layout import Key, Layout
+
+# So many entries of a list are looked at for neighbours of its first one: lists are in the order of use, and
+# files that are used one after the other often lie side by side in another order.
+LOOK = 512
+
+# A backlog is not walked for ever in one go: after so many chunks that are there already the caller gets a
+# pause.
+MAX_SCAN = 4096
+
+Run = tuple[int, int, int]
+"""(blob, first chunk, number of chunks)"""
+
+
+class ListBacklog:
+    """Runs of chunks in the order in which they will be wanted."""
+
+    def __init__(self) -> None:
+        self._runs: deque[Run] = deque()
+        self._again: deque[Key] = deque()
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Appends *runs*."""
+        self._runs.extend(runs)
+
+    def again(self, key: Key) -> None:
+        """*key* is to be fetched once more, before the others."""
+        self._again.append(key)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._runs.clear()
+        self._again.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._runs or self._again)
+
+    def head(self, absent: Callable[[int, int], bool]) -> Key | None:
+        """The first chunk that is still absent; forgets those before it.
+
+        None with something left: ask again.
+        """
+        while self._again:
+            if absent(*self._again[0]):
+                return self._again[0]
+            self._again.popleft()
+        for _ in range(MAX_SCAN):
+            if not self._runs:
+                break
+            blob, first, n = self._runs[0]
+            if absent(blob, first):
+                return blob, first
+            if n > 1:
+                self._runs[0] = (blob, first + 1, n - 1)
+            else:
+                self._runs.popleft()
+        return None
+
+    def near(self, key: Key) -> Callable[[int], bool]:
+        """Which chunks of the blob of *key*, the head, may go along with it: those that come soon."""
+        blob = key[0]
+        soon = {chunk for index, chunk in itertools.islice(self._keys(), LOOK) if index == blob}
+        return soon.__contains__
+
+    def _keys(self) -> Iterator[Key]:
+        yield from self._again
+        for blob, first, n in self._runs:
+            for chunk in range(first, first + n):
+                yield blob, chunk
+
+
+class FillBacklog:
+    """Everything that is absent, blob by blob, by place.
+
+    One pass over the image, begun by :meth:`start`. Chunks that could not be fetched are come back to at its
+    end.
+    """
+
+    def __init__(self, blobs: Iterable[int], layout: Callable[[int], Layout]) -> None:
+        self._all = sorted(blobs)
+        self._layout = layout
+        self._blobs: deque[int] = deque()
+        self._rank = 0
+        self._again: deque[Key] = deque()
+
+    def start(self) -> None:
+        """Begins a pass at the first chunk."""
+        self._blobs = deque(self._all)
+        self._rank = 0
+        self._again.clear()
+
+    def again(self, key: Key) -> None:
+        """*key* is to be fetched once more, after the others."""
+        self._again.append(key)
+
+    def clear(self) -> None:
+        """Ends the pass."""
+        self._blobs.clear()
+        self._again.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._blobs or self._again)
+
+    def head(self, absent: Callable[[int, int], bool]) -> Key | None:
+        """The first chunk that is still absent; forgets those before it.
+
+        None with something left: ask again.
+        """
+        for _ in range(MAX_SCAN):
+            if not self._blobs:
+                break
+            blob = self._blobs[0]
+            layout = self._layout(blob)
+            if self._rank >= len(layout):
+                self._blobs.popleft()
+                self._rank = 0
+                continue
+            chunk = layout.at(self._rank)
+            if layout.chunks.promised(chunk) and absent(blob, chunk):
+                return blob, chunk
+            self._rank += 1
+        if self._blobs:
+            return None
+        while self._again:
+            if absent(*self._again[0]):
+                return self._again[0]
+            self._again.popleft()
+        return None
+
+    def near(self, _: Key) -> Callable[[int], bool]:
+        """All that is absent may go along."""
+        return lambda _: True
+
+
+Backlog = ListBacklog | FillBacklog

@@ -1,0 +1,111 @@
+"""What the planner keeps account of: chunks that somebody waits for, fetches, counters."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import attrs
+
+if TYPE_CHECKING:
+    from virtiofsd_rafs.runtime.layout import Key
+
+Reason = Literal["demand", "prefetch", "fill"]
+"""Why a fetch was started."""
+
+
+class Posted(Enum):
+    """What became of a post."""
+
+    READY = "ready"  # wake the workers: it is there
+    QUEUED = "queued"
+    JOINED = "joined"  # somebody waits for it already, or it was read ahead
+    VERIFY = "verify"  # stored, to be verified: see Planner.next_verifications
+    INVALID = "invalid"  # the image has no such chunk
+
+
+class Origin(NamedTuple):
+    """Who asked first, for the log of fetches."""
+
+    nodeid: int
+    file_offset: int
+
+
+NOBODY = Origin(0, 0)
+
+
+@attrs.define(eq=False)
+class Want:
+    """A chunk that somebody waits for."""
+
+    key: Key
+    origin: Origin
+    first_posted: float
+    deadline: float
+    attempts: int = 0
+    alone: bool = False
+    """Its bytes were bad: fetch it by itself."""
+
+
+@attrs.define(eq=False)
+class Fetch:
+    """A range of a blob to fetch, and the chunks to take from it."""
+
+    fetch_id: int
+    blob: int
+    offset: int
+    length: int
+    chunks: tuple[int, ...]
+    """By their place in the blob."""
+    wants: dict[int, Want]
+    """Those chunks of it that somebody waits for; grows while the fetch runs."""
+    started: float
+    attempt: int
+    """1 for the first try."""
+    reason: Reason = "demand"
+    demanded: frozenset[int] = frozenset()
+    """Chunks that somebody waited for when it was planned."""
+
+    def reasons(self) -> list[tuple[int, str]]:
+        """Why each of its chunks was fetched."""
+        others = "read-ahead" if self.reason == "demand" else self.reason
+        return [(chunk, "demand" if chunk in self.demanded else others) for chunk in self.chunks]
+
+    @property
+    def origin(self) -> Origin:
+        """Who asked first; nobody, for a fetch in the background that nobody has joined."""
+        return next((want.origin for want in self.wants.values()), NOBODY)
+
+
+@attrs.define
+class Counters:
+    """What happened since the start."""
+
+    posts: int = 0
+    invalid_posts: int = 0
+    fetches: int = 0
+    background_fetches: int = 0
+    retries: int = 0
+    chunks_wanted: int = 0
+    chunks_read_ahead: int = 0
+    read_ahead_used: int = 0
+    """Chunks that were posted while a fetch that read them ahead was under way."""
+    chunks_prefetched: int = 0
+    prefetch_used: int = 0
+    """Chunks that were posted while they were being prefetched, and joined that."""
+    chunks_filled: int = 0
+    given_up: int = 0
+    """Chunks whose bytes were bad each time they were fetched in the background."""
+    expired: int = 0
+
+
+class Wait(NamedTuple):
+    """A chunk that somebody waits for, for people."""
+
+    key: Key
+    origin: Origin
+    since: float
+    attempts: int
+    """Tries that have failed."""
+    doing: str
+    """"fetching", "queued", "backing off", "verifying"."""
