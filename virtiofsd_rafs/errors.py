@@ -103,6 +103,13 @@ class AuthError(BackendError, PermissionError):
     retryable = False
 
 
+class CredentialsExpired(AuthError):
+    """The credentials were good once. New ones may come any moment: who waits may go on waiting."""
+
+    msgid = "backend.auth-expired"
+    retryable = True
+
+
 class NotFound(BackendError, FileNotFoundError):
     """The image or blob is not there."""
 

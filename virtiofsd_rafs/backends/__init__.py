@@ -1,26 +1,86 @@
 """Where blobs come from: a registry, a directory, an object store, a web server.
 
-The only modules that speak HTTP to the outside.
-
-``open_source`` imports a back-end when it is first needed, because aiohttp costs some 100 ms.
+The only modules that speak HTTP to the outside. ``open_source`` imports a back-end when it is first needed,
+because aiohttp costs some 100 ms, and botocore as much again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from virtiofsd_rafs.backends.config import (
+    BackendConfig,
+    HttpProxyBackend,
+    LocalBackend,
+    OssBackend,
+    RegistryBackend,
+    S3Backend,
+)
 from virtiofsd_rafs.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtiofsd_rafs.backends.base import BlobSource, SourceConfig
     from virtiofsd_rafs.image.resolve import ResolvedImage
 
+B = TypeVar("B")
 
-def open_source(image: ResolvedImage, config: SourceConfig) -> BlobSource:
+# What needs more than the interpreter, by kind of back-end: to be imported outside of the event loop.
+_MODULES: dict[type, str] = {
+    RegistryBackend: "virtiofsd_rafs.backends.oci",
+    LocalBackend: "virtiofsd_rafs.backends.localdir",
+    S3Backend: "virtiofsd_rafs.backends.s3",
+    OssBackend: "virtiofsd_rafs.backends.oss",
+    HttpProxyBackend: "virtiofsd_rafs.backends.http_proxy",
+}
+
+
+def module_of(image: ResolvedImage, backend: BackendConfig | None = None) -> str:
+    """The module that ``open_source`` will import."""
+    if backend is not None:
+        return _MODULES[type(backend)]
+    return _MODULES[RegistryBackend if image.reference is not None else LocalBackend]
+
+
+def open_source(
+    image: ResolvedImage,
+    config: SourceConfig,
+    backend: BackendConfig | None = None,
+    reload: Callable[[], BackendConfig | None] | None = None,
+) -> BlobSource:
     """The source of *image*'s blobs. Opens no connection yet; must be called where an event loop runs.
 
-    Raises ConfigError for an image that names no place, AuthError when docker's config.json is unusable.
+    Args:
+        image: says where its blobs are, unless *backend* does.
+        config: TLS and connections.
+        backend: another place than the image's own.
+        reload: what the configuration says now; asked when credentials were refused.
+
+    Raises ConfigError for an image that names no place, or a back-end whose packages are not installed;
+    AuthError when docker's config.json is unusable.
     """
+    if isinstance(backend, S3Backend):
+        from virtiofsd_rafs.backends.s3 import s3_source
+
+        return s3_source(backend, config, _same_kind(reload, S3Backend))
+    if isinstance(backend, OssBackend):
+        from virtiofsd_rafs.backends.oss import oss_source
+
+        return oss_source(backend, config, _same_kind(reload, OssBackend))
+    if isinstance(backend, HttpProxyBackend):
+        from virtiofsd_rafs.backends.http_proxy import HttpProxySource
+
+        return HttpProxySource(backend, config)
+    if isinstance(backend, LocalBackend):
+        from virtiofsd_rafs.backends.localdir import LocalDirSource
+
+        return LocalDirSource(backend.dirs, blob_file=backend.blob_file, timeout_s=backend.timeout_s)
+    if isinstance(backend, RegistryBackend):
+        from virtiofsd_rafs.backends.oci import OciSource
+        from virtiofsd_rafs.registry.reference import Reference
+
+        return OciSource(Reference(backend.host, backend.repository, tag="latest"), config, image.blob_sizes)
     if image.reference is not None:
         from virtiofsd_rafs.backends.oci import OciSource
 
@@ -29,4 +89,20 @@ def open_source(image: ResolvedImage, config: SourceConfig) -> BlobSource:
         from virtiofsd_rafs.backends.localdir import LocalDirSource
 
         return LocalDirSource(image.blob_dir)
-    raise ConfigError(f"{image.name}: nothing tells where its blobs are", remedy="give --blob-dir")
+    raise ConfigError(
+        f"{image.name}: nothing tells where its blobs are", remedy="give --blob-dir or --blob-source"
+    )
+
+
+def _same_kind(
+    reload: Callable[[], BackendConfig | None] | None, kind: type[B]
+) -> Callable[[], B | None] | None:
+    """*reload* for one kind of back-end: another kind is as good as none."""
+    if reload is None:
+        return None
+
+    def again() -> B | None:
+        fresh = reload()
+        return fresh if isinstance(fresh, kind) else None
+
+    return again
