@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from virtiofsd_rafs.backends.config import (
+    DEFAULT_FILE_TIMEOUT_S,
+    TRIES_WITHIN_DEADLINE,
     BackendConfig,
     HttpProxyBackend,
     LocalBackend,
@@ -75,7 +77,8 @@ def open_source(
     if isinstance(backend, LocalBackend):
         from virtiofsd_rafs.backends.localdir import LocalDirSource
 
-        return LocalDirSource(backend.dirs, blob_file=backend.blob_file, timeout_s=backend.timeout_s)
+        timeout_s = min(backend.timeout_s, config.io_deadline_s / TRIES_WITHIN_DEADLINE)
+        return LocalDirSource(backend.dirs, blob_file=backend.blob_file, timeout_s=timeout_s)
     if isinstance(backend, RegistryBackend):
         from virtiofsd_rafs.backends.oci import OciSource
         from virtiofsd_rafs.registry.reference import Reference
@@ -88,7 +91,8 @@ def open_source(
     if image.blob_dir is not None:
         from virtiofsd_rafs.backends.localdir import LocalDirSource
 
-        return LocalDirSource(image.blob_dir)
+        timeout_s = min(DEFAULT_FILE_TIMEOUT_S, config.io_deadline_s / TRIES_WITHIN_DEADLINE)
+        return LocalDirSource(image.blob_dir, timeout_s=timeout_s)
     raise ConfigError(
         f"{image.name}: nothing tells where its blobs are", remedy="give --blob-dir or --blob-source"
     )

@@ -29,6 +29,8 @@ DEFAULT_CONNECT_TIMEOUT_S = 5.0
 DEFAULT_TIMEOUT_S = 15.0
 # A NAS that has hung this long is away; the planner's deadline is several times that.
 DEFAULT_FILE_TIMEOUT_S = 15.0
+# So many servers in a row that answer nothing fit into the deadline of whoever waits.
+TRIES_WITHIN_DEADLINE = 6
 
 # RFC 1123 names, addresses, [v6], and a port: enough to keep a path or a user name out of a host.
 _HOST = re.compile(

@@ -18,7 +18,11 @@ import aiohttp
 from yarl import URL
 
 from virtiofsd_rafs import __version__
-from virtiofsd_rafs.backends.config import DEFAULT_CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
+from virtiofsd_rafs.backends.config import (
+    DEFAULT_CONNECT_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    TRIES_WITHIN_DEADLINE,
+)
 from virtiofsd_rafs.errors import (
     BackendError,
     BackendTimeout,
@@ -42,8 +46,6 @@ PROGRESS_TIMEOUT_S = DEFAULT_TIMEOUT_S
 # What must arrive within each PROGRESS_TIMEOUT_S of a body, less where less time is given: a trickle is no
 # progress.
 MIN_PROGRESS = 32 << 10
-# So many servers in a row that answer nothing fit into the deadline of whoever waits.
-TRIES_WITHIN_DEADLINE = 6
 # The tiny bodies of redirects and 401 are drained for this long, so that the connection can be used again.
 _DRAIN_S = 0.25
 _DRAIN_MAX = 16 << 10

@@ -98,6 +98,7 @@ class HttpProxySource(ObjectSource):
             ca_file=config.ca_file,
             connections=config.connections,
             options=backend.http,
+            deadline_s=config.io_deadline_s,
             unix_socket=None if backend.is_url else Path(backend.addr),
         )
         super().__init__(_Plain(backend), http, plan_body=plan_proxy_body)

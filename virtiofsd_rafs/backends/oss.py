@@ -128,5 +128,10 @@ def oss_source(
     backend: OssBackend, config: SourceConfig, reload: Callable[[], OssBackend | None] | None = None
 ) -> ObjectSource:
     """A BlobSource over the bucket of *backend*."""
-    http = HttpClient(ca_file=config.ca_file, connections=config.connections, options=backend.http)
+    http = HttpClient(
+        ca_file=config.ca_file,
+        connections=config.connections,
+        options=backend.http,
+        deadline_s=config.io_deadline_s,
+    )
     return ObjectSource(OssSigner(backend, reload=reload), http)

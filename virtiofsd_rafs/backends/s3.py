@@ -246,7 +246,12 @@ def s3_source(
     backend: S3Backend, config: SourceConfig, reload: Callable[[], S3Backend | None] | None = None
 ) -> ObjectSource:
     """A BlobSource over the bucket of *backend*. Raises ConfigError without the extra's packages."""
-    http = HttpClient(ca_file=config.ca_file, connections=config.connections, options=backend.http)
+    http = HttpClient(
+        ca_file=config.ca_file,
+        connections=config.connections,
+        options=backend.http,
+        deadline_s=config.io_deadline_s,
+    )
     return ObjectSource(S3Signer(backend, reload=reload), http)
 
 
