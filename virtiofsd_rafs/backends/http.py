@@ -246,6 +246,19 @@ class Reply:
             pieces.append(piece)
         return b"".join(pieces)
 
+    async def end(self) -> None:
+        """Reads the end of a body of which nothing else is left, so that the connection can be used again.
+
+        That is a message of its own for a chunked body. Never fails, never waits long.
+        """
+        if self._response.content.at_eof():
+            return
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                await self._response.content.readany()
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return
+
     async def drain(self) -> None:
         """Reads a small body away, so that the connection can be used again.
 

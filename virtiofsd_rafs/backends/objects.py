@@ -159,7 +159,10 @@ class ObjectSource:
         check_range(offset, length)
         name = file_name(blob_id)
         async with self._get(name, "GET", range_headers(offset, length)) as reply:
-            exact = await reply.read(self._plan_of(reply, name, offset, length))
+            plan = self._plan_of(reply, name, offset, length)
+            exact = await reply.read(plan)
+            if plan.ends:
+                await reply.end()
         self._ignored.pop(name, None)
         return exact
 
