@@ -55,6 +55,8 @@ def plan_proxy_body(
 class _Plain:
     """Signs nothing, or with a fixed user and password."""
 
+    kind = "http-proxy"
+
     def __init__(self, backend: HttpProxyBackend) -> None:
         self._base = (backend.addr.rstrip("/") if backend.is_url else "http://localhost") + quote(
             backend.path.rstrip("/"), safe="/%:@!$&'()*+,;=~"

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtiofsd_rafs.backends.base import check_range, file_name
+from virtiofsd_rafs.backends.base import ANSWERED_BY, check_range, file_name
 from virtiofsd_rafs.backends.config import DEFAULT_FILE_TIMEOUT_S
 from virtiofsd_rafs.backends.readers import Readers
 from virtiofsd_rafs.errors import AuthError, BackendError, BadReply, NotFound, Unreachable
@@ -61,7 +61,9 @@ class LocalDirSource:
         A file that ends before the range is a BadReply: it may still be on its way here.
         """
         check_range(offset, length)
-        return await self._readers.run(self._read, file_name(blob_id), offset, length)
+        data = await self._readers.run(self._read, file_name(blob_id), offset, length)
+        ANSWERED_BY.set("local")
+        return data
 
     async def blob_size(self, blob_id: str) -> int:
         """See BlobSource."""

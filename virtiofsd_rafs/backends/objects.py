@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
-from virtiofsd_rafs.backends.base import check_range, file_name
+from virtiofsd_rafs.backends.base import ANSWERED_BY, check_range, file_name
 from virtiofsd_rafs.errors import (
     AuthError,
     BackendError,
@@ -106,6 +106,11 @@ class Signer(Protocol):
     """Knows where a blob is and how requests for it are signed. Any number of calls may run at once."""
 
     @property
+    def kind(self) -> str:
+        """The kind of store, for the log of fetches."""
+        ...
+
+    @property
     def label(self) -> str:
         """The place, for people; never a secret."""
         ...
@@ -164,6 +169,7 @@ class ObjectSource:
             if plan.ends:
                 await reply.end()
         self._ignored.pop(name, None)
+        ANSWERED_BY.set(self._signer.kind)
         return exact
 
     async def blob_size(self, blob_id: str) -> int:

@@ -59,6 +59,8 @@ class OssSigner:
         self._found = self._keys
         self._stamp = 0
 
+    kind = "oss"
+
     @property
     def label(self) -> str:
         """See Signer."""

@@ -95,6 +95,8 @@ class S3Signer:
         self._stamp = 0
         self._urls: dict[str, _Signed] = {}
 
+    kind = "s3"
+
     @property
     def label(self) -> str:
         """See Signer."""
