@@ -290,10 +290,14 @@ def test_retries_end_at_the_deadline_and_a_new_post_starts_anew() -> None:
     p = planner(Blob([10]), io_deadline_s=3.5)
     post(p, 0)
     now = 0.0
-    for _ in range(3):
+    tries = []
+    for _ in range(4):
+        tries.append(now)
         (fetch,) = p.next_fetches(now)
         p.failed(fetch.fetch_id, now)
         now = p.next_event() or now
+    # Pauses of 1 and 2 s; the next one would reach past the deadline, and is cut short for a last try.
+    assert tries == pytest.approx([0.0, 1.0, 3.0, 3.5 * 11 / 12], abs=1e-3)
     assert (p.next_event(), p.waiting, p.counters.expired) == (None, 0, 1)
     assert p.next_fetches(100.0) == []
     assert post(p, 0, now=100.0) == [Posted.QUEUED]

@@ -41,6 +41,8 @@ MAX_RETRY_AFTER_S = 30.0
 # Errors that another try seldom cures (not found, refused) are tried again too, because credentials are
 # renewed and blobs uploaded meanwhile, but more slowly.
 HOPELESS_FACTOR = 4.0
+# The last try of a want is made when this part of the deadline is left.
+LAST_TRY = 1 / 12
 # What one fetch may turn into when it is decoded, as a multiple of ``amplify``: an image whose chunks shrink
 # a thousandfold must not make a small read decode gigabytes.
 MAX_EXPANSION = 8
@@ -180,7 +182,7 @@ class Planner:
             self._paused_until = max(self._paused_until, now + asked)
         for want in fetch.wants.values():
             pause = self._pause(want) * (HOPELESS_FACTOR if hopeless else 1.0)
-            self._retry(want, now, max(pause, asked))
+            self._retry(want, now, max(pause, asked), asked)
         if fetch.reason != "demand":
             left = [(fetch.blob, chunk) for chunk in fetch.chunks if chunk not in fetch.wants]
             self.background.failed(fetch.reason, left, now + asked, self._rng(), hopeless=hopeless)
@@ -200,14 +202,21 @@ class Planner:
         base = min(self._retry_cap_s, self._retry_first_s * 2.0 ** min(want.attempts, 30))
         return base * (0.5 + self._rng() / 2)
 
-    def _retry(self, want: Want, now: float, pause: float) -> None:
+    def _retry(self, want: Want, now: float, pause: float, asked: float = 0.0) -> None:
+        """Tries again after *pause*, of which the server asked for *asked* seconds at least.
+
+        A pause that reaches past the deadline is cut short for one last try: the source may be back by then.
+        """
         want.attempts += 1
-        if now + pause >= want.deadline:
-            self.counters.expired += 1
-            return
+        at = now + pause
+        if at >= want.deadline:
+            at = want.deadline - self._io_deadline_s * LAST_TRY
+            if at <= now + asked:
+                self.counters.expired += 1
+                return
         self.counters.retries += 1
         self._delayed[want.key] = want
-        heapq.heappush(self._delayed_heap, (now + pause, next(self._sequence), want.key))
+        heapq.heappush(self._delayed_heap, (at, next(self._sequence), want.key))
 
     # -- what to do -----------------------------------------------------------------------------------------
 
