@@ -8,6 +8,7 @@ Subclasses inherit a builtin as well, so that a caller may catch either.
 from __future__ import annotations
 
 import errno as _errno
+import os as _os
 from typing import ClassVar
 
 
@@ -80,6 +81,16 @@ class BuildError(VirtiofsdRafsError):
     def __init__(self, path: str, reason: str, *, remedy: str = "") -> None:
         super().__init__(f"cannot store {path}: {reason}", remedy=remedy)
         self.path = path
+
+
+class OutputError(VirtiofsdRafsError, OSError):
+    """What a command makes cannot be written. Names the folder, the reason and the remedy."""
+
+    msgid = "output.unusable"
+
+    def __init__(self, folder: object, reason: str) -> None:
+        remedy = "make room there, or choose" if reason == _os.strerror(_errno.ENOSPC) else "choose"
+        super().__init__(f"cannot write to {folder}: {reason}", remedy=f"{remedy} another folder with -o")
 
 
 class CacheError(VirtiofsdRafsError, OSError):

@@ -6,10 +6,11 @@ import io
 import os
 import stat
 
+from tests.reference.blob_writer import BlobWriter
+from tests.reference.bootstrap_writer import BootstrapWriter
+from tests.reference.scan import SourceInode, build_xattrs
 from virtiofsd_rafs.blob.dump import dump_blob
-from virtiofsd_rafs.image._blob_writer import BlobWriter
-from virtiofsd_rafs.image._bootstrap_writer import BootstrapWriter
-from virtiofsd_rafs.image._scan import SourceInode, build_xattrs
+from virtiofsd_rafs.image._blob_tail import finish_blob
 from virtiofsd_rafs.rafs import c_rafs_v6 as c
 from virtiofsd_rafs.rafs.dump import dump
 from virtiofsd_rafs.rafs.v6 import Tree
@@ -35,7 +36,7 @@ def _node(path: bytes, mode: int, **fields: int) -> SourceInode:
 def build() -> tuple[bytes, bytes]:
     """Bootstrap and blob."""
     out = io.BytesIO()
-    blob = BlobWriter(out, chunk_size=CHUNK_SIZE, compressor=c.Compressor.NONE, digester=c.Digester.BLAKE3)
+    blob = BlobWriter(out, compressor=c.Compressor.NONE, digester=c.Digester.BLAKE3)
 
     def file(path: bytes, content: bytes, **fields: int) -> SourceInode:
         node = _node(path, stat.S_IFREG | 0o644, size=len(content), **fields)
@@ -70,7 +71,9 @@ def build() -> tuple[bytes, bytes]:
     fifo.nlink = 20
     many.children = [(b"%02d-" % i + b"n" * 240, fifo) for i in range(20)]
 
-    record = blob.finish()
+    record = finish_blob(
+        blob, chunk_size=CHUNK_SIZE, compressor=c.Compressor.NONE, digester=c.Digester.BLAKE3
+    )
     writer = BootstrapWriter(
         root,
         chunk_size=CHUNK_SIZE,

@@ -37,6 +37,15 @@ class CiEntry(NamedTuple):
         return self.data & 0xFFFF_FFFF if self.flags & c.CI_V2_HAS_CRC32 else None
 
 
+class CiSection(NamedTuple):
+    """The array as it was written to a blob; sizes in bytes, ``sha256`` of the plain array."""
+
+    stored_size: int
+    size: int
+    compressed: bool
+    sha256: bytes
+
+
 def parse_v1(buf: Buffer, offset: int = 0) -> CiEntry:
     """The 16-byte entry at *offset*; a chunk is compressed exactly if its two sizes differ."""
     raw = c.CI_V1.parse(buf, offset)

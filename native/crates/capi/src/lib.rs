@@ -4,6 +4,7 @@
 //! Conventions: functions return 0 or a count on success and a negative `VR_E_*` code on failure; the text of
 //! the last failure of the calling thread is read with [`vr_last_error`]. No panic crosses: see [`guard`].
 
+pub mod builder;
 pub mod frontend;
 pub mod rafs;
 pub mod session;
@@ -29,6 +30,12 @@ pub const VR_E_UNSUPPORTED: i64 = -5;
 pub const VR_E_NOSPACE: i64 = -6;
 /// The peer broke the protocol or went away.
 pub const VR_E_PEER: i64 = -7;
+/// A file of a source tree cannot be stored in an image; the text says why.
+pub const VR_E_SOURCE: i64 = -8;
+/// An image would break a limit of its format.
+pub const VR_E_LIMIT: i64 = -9;
+/// The caller ended it.
+pub const VR_E_CANCELLED: i64 = -10;
 /// A bug of ours: a panic was caught at the boundary.
 pub const VR_E_PANIC: i64 = -70;
 

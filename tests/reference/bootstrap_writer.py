@@ -1,13 +1,6 @@
-"""Lays out and writes a RAFS v6 bootstrap from a scanned tree whose chunks are in the blob already.
+"""Lays out and writes a bootstrap from a scanned tree whose chunks are in the blob already.
 
-::
-
-    0      superblock @1024, extended superblock, device slots
-    4096   blob table
-    8192   one empty block, so that the root's nid is 128 and no inode has nid 0
-    12288  inodes in the order of scan.in_order, each with its xattrs and chunk indexes or inline tail
-           whole blocks of directories and links that are not inline
-           chunk table
+The order of its parts is that of native/crates/image-builder/src/bootstrap.rs.
 """
 
 from __future__ import annotations
@@ -15,20 +8,15 @@ from __future__ import annotations
 import stat
 from typing import IO, TYPE_CHECKING
 
-from virtiofsd_rafs.errors import ImageError
-from virtiofsd_rafs.image._scan import SourceInode, in_order
+from tests.reference.scan import SourceInode, in_order
+from virtiofsd_rafs.image._bootstrap_head import BUILD_TIME, build_head, metadata_offset
 from virtiofsd_rafs.rafs import c_rafs_v6 as c
 from virtiofsd_rafs.rafs.records import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from virtiofsd_rafs.image._blob_writer import BlobWriter
-
-BUILD_TIME = 0  # constant, so that the same tree gives the same bytes
-_MAPPED_ALIGNMENT = (
-    0x80000  # of blobs in the address space that flattens bootstrap and blobs; as nydus-image does
-)
+    from tests.reference.blob_writer import BlobWriter
 
 # S_IFMT -> EROFS file type
 _FILE_TYPES = {
@@ -66,13 +54,9 @@ class BootstrapWriter:
         self._record = record
         self._has_xattr = False
         self._position = 0
-        self._meta_offset = c.BLOCK_SIZE * (2 if record else 1)
+        self._meta_offset = metadata_offset(has_blob=record is not None, n_prefetch=0)
         self._chunk_table_offset = self._plan()
         self.size = align_up(self._chunk_table_offset + len(blob.chunks) * c.CHUNK_RECORD.size, c.BLOCK_SIZE)
-        if self.size > c.BOOTSTRAP_MAX:
-            raise ImageError(
-                f"the bootstrap would have {self.size} bytes, at most {c.BOOTSTRAP_MAX} are possible"
-            )
 
     def _plan(self) -> int:
         """Gives every inode its number and place; returns the offset behind the last one."""
@@ -105,11 +89,18 @@ class BootstrapWriter:
     def write(self, out: IO[bytes]) -> None:
         """Writes the whole bootstrap to *out*, from its start to its end."""
         self._out = out
-        self._put(c.SUPER_OFFSET, c.SUPER_BLOCK.build(self._superblock()))
-        self._put(c.EXT_SUPER_OFFSET, c.EXT_SUPER_BLOCK.build(self._ext_superblock()))
-        if self._record:
-            self._put(c.DEVICE_TABLE_OFFSET, c.DEVICE_SLOT.build(self._device(self._record)))
-            self._put(c.BLOCK_SIZE, c.BLOB_RECORD.build(self._record))
+        head = build_head(
+            size=self.size,
+            chunk_table_offset=self._chunk_table_offset,
+            n_inodes=self.n_inodes,
+            root_nid=self._nid(self._root),
+            has_xattr=self._has_xattr,
+            chunk_size=self._chunk_size,
+            compressor=self._compressor,
+            digester=self._digester,
+            record=self._record,
+        )
+        self._put(0, head)
         for inode in in_order(self._root):
             self._put(inode.offset, self._inode(inode))
             if _layout(inode) == c.LAYOUT_FLAT_INLINE:
@@ -133,54 +124,6 @@ class BootstrapWriter:
     def _write(self, data: bytes) -> None:
         self._out.write(data)
         self._position += len(data)
-
-    def _superblock(self) -> c.ErofsSuperBlock:
-        return c.ErofsSuperBlock(
-            magic=c.SUPER_MAGIC,
-            checksum=0,
-            feature_compat=c.FEATURE_COMPAT_RAFS_V6,
-            blkszbits=c.BLOCK_BITS,
-            sb_extslots=0,
-            root_nid=self._nid(self._root),
-            inos=self.n_inodes,
-            build_time=BUILD_TIME,
-            build_time_nsec=0,
-            blocks=self.size >> c.BLOCK_BITS,
-            meta_blkaddr=self._meta_offset >> c.BLOCK_BITS,
-            xattr_blkaddr=0,
-            uuid=bytes(16),
-            volume_name=bytes(16),
-            feature_incompat=c.FEATURE_INCOMPAT,
-            union=0,
-            extra_devices=1 if self._record else 0,
-            devt_slotoff=c.DEVICE_TABLE_OFFSET // c.DEVICE_SLOT_SIZE,
-        )
-
-    def _ext_superblock(self) -> c.ExtSuperBlock:
-        flags = c.COMPRESSOR_FLAGS[self._compressor] | c.DIGESTER_FLAGS[self._digester]
-        flags |= c.SuperFlags.EXPLICIT_UID_GID
-        if self._has_xattr:
-            flags |= c.SuperFlags.HAS_XATTR
-        if self._record:
-            flags |= c.SuperFlags.INLINED_CHUNK_DIGEST
-        n_chunks = len(self._blob.chunks)
-        return c.ExtSuperBlock(
-            flags=flags,
-            blob_table_offset=c.BLOCK_SIZE,
-            blob_table_size=c.BLOB_RECORD_SIZE if self._record else 0,
-            chunk_size=self._chunk_size,
-            chunk_table_offset=self._chunk_table_offset,
-            chunk_table_size=n_chunks * c.CHUNK_RECORD.size,
-            prefetch_table_offset=0,
-            prefetch_table_size=0,
-        )
-
-    def _device(self, record: c.BlobRecord) -> c.DeviceSlot:
-        return c.DeviceSlot(
-            blob_id=record.blob_id,
-            blocks=record.uncompressed_size >> c.BLOCK_BITS,
-            mapped_blkaddr=align_up(self.size, _MAPPED_ALIGNMENT) >> c.BLOCK_BITS,
-        )
 
     def _nid(self, inode: SourceInode) -> int:
         return (inode.offset - self._meta_offset) // c.SLOT_SIZE
