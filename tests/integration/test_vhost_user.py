@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -115,6 +116,26 @@ def test_memory_comes_and_goes_while_requests_run(start) -> None:
     served.check_ring()
 
 
+@pytest.mark.parametrize("worker_dies", [False, True])
+def test_requests_wait_for_the_memory_of_their_buffers(start, worker_dies: bool) -> None:
+    """Taken between REM_MEM_REG and ADD_MEM_REG of the region that holds what they say and ask for."""
+    served: Served = start(queue_size=64)
+    fe, node = served.fe, served.node("f001")
+    region = fe.add_region(Region(gpa=1 << 36, size=4 << 20))
+    fe.rem_mem_reg(region)
+    tokens = [fe.request(Opcode.GETATTR, node, bytes(16), 104, region=region.gpa) for _ in range(8)]
+    served.wait_for(lambda: served.parked() == 8)
+    served.collect(served.random_reads(random.Random(7)))
+    if worker_dies:
+        before = served.worker()["generation"]
+        os.kill(served.worker()["pid"], signal.SIGKILL)
+        served.wait_for(lambda: served.worker()["generation"] > before and served.parked() == 8)
+    assert not fe.poll(1, 0.2)
+    fe.add_mem_reg(region)
+    assert [fe.wait(token, 10).error for token in tokens] == [0] * 8
+    served.check_ring()
+
+
 def test_a_kick_before_the_ring_is_enabled_is_not_lost(start) -> None:
     served: Served = start()
     node = served.node("f001")
@@ -183,6 +204,24 @@ def test_a_second_daemon_at_the_same_socket_does_no_harm(made_image, registry_si
         assert daemon.wait_end() == 0
 
 
+def test_who_connects_and_says_nothing_is_no_vmm(made_image, registry_sim, short_dir) -> None:
+    """A probe, or a VMM that died early: not logged, not counted, and not the end of a VM."""
+    registry_sim.store.add_build("app", "1", made_image.out)
+    with run_daemon(registry_sim, short_dir) as daemon:
+        session = Session.attach(daemon.process.pid)
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as silent:
+                silent.connect(str(daemon.socket))
+        with Frontend.connect(daemon.socket) as fe:
+            # Connected, and the probes before it are gone: nothing has been said yet.
+            assert session.status()["session"]["connected_ns"] == 0
+            fe.start()
+            fe.init()
+            assert session.status()["session"]["connected_ns"] > 0
+        assert daemon.wait_end() == 0
+        assert daemon.log.read_text().count("the VMM has connected") == 1
+
+
 def test_keep_listens_again(made_image, registry_sim, short_dir) -> None:
     registry_sim.store.add_build("app", "1", made_image.out)
     with run_daemon(registry_sim, short_dir, "--keep") as daemon:
@@ -196,8 +235,6 @@ def test_keep_listens_again(made_image, registry_sim, short_dir) -> None:
 
 
 def test_half_a_message_ends_the_connection_and_not_the_keeper(made_image, registry_sim, short_dir) -> None:
-    import socket
-
     registry_sim.store.add_build("app", "1", made_image.out)
     with run_daemon(registry_sim, short_dir, "--keep") as daemon:
         with socket.socket(socket.AF_UNIX) as half:

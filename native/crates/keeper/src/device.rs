@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use session::{MAX_QUEUES, Shared};
 use vhost::vhost_user::{Backend, Error, Result};
-use virtq::RegionSpec;
+use virtq::{Away, RegionSpec};
 use worker::RingSetup;
 use worker::channel::{Command, Op, RingWords};
 
@@ -31,6 +31,8 @@ pub struct Device {
     acked_features: u64,
     acked_protocol: u64,
     regions: Vec<(RegionSpec, File)>,
+    /// Memory that was there and may come back: requests in it wait, also in the next worker.
+    away: Away,
     rings: Vec<Ring>,
     backend: Option<Backend>,
 }
@@ -44,6 +46,7 @@ impl Device {
             acked_features: 0,
             acked_protocol: 0,
             regions: Vec::new(),
+            away: Away::default(),
             rings: (0..MAX_QUEUES).map(|_| Ring::default()).collect(),
             backend: None,
         }
@@ -81,7 +84,7 @@ impl Device {
             self.shared.log(ring.queue).disown();
         }
         let queues: Vec<usize> = rings.iter().map(|r| r.queue).collect();
-        match self.slot.spawn(&self.regions, rings) {
+        match self.slot.spawn(&self.regions, self.away.clone(), rings) {
             Ok(true) => {
                 for queue in queues {
                     self.rings[queue].log_valid = true;
@@ -150,6 +153,7 @@ impl Device {
         self.acked_features = 0;
         self.acked_protocol = 0;
         self.regions.clear();
+        self.away = Away::default();
         self.rings = (0..MAX_QUEUES).map(|_| Ring::default()).collect();
         self.backend = None;
         self.forget_session();
@@ -271,6 +275,7 @@ impl Device {
                 "memory region is longer than its file",
             )));
         }
+        self.away.give(spec.guest_addr, spec.guest_end());
         self.regions.push((spec, file));
         Ok(())
     }

@@ -4,12 +4,14 @@
 //! One thread, no locks that could be held elsewhere, no credentials: it can fork a fresh worker at any time. It
 //! parses nothing that a guest or a registry controls.
 //!
-//! * `device`: the vhost-user device, told by the VMM through the `vhost` crate's message layer;
+//! * `frontend`: connections of VMMs; `device`: the vhost-user device, told by the VMM through the `vhost` crate's message
+//!   layer;
 //! * `worker_slot`: the current worker: fork, commands, replacement;
 //! * `mount_table`: the image as control hands it over;
 //! * `process`: what every child does first; `stream`: the front-end's socket.
 
 mod device;
+mod frontend;
 mod mount_table;
 pub mod process;
 mod ring;
@@ -18,17 +20,16 @@ mod worker_slot;
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use session::clock::now_ns;
 use session::{MAX_THREADS, Shared};
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use device::Device;
+use frontend::Connection;
 use mount_table::ControlMessage;
-use stream::{MessageState, is_writable, message_state};
 
 /// What the caller has to do when [`Keeper::run`] returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +53,6 @@ pub struct Options {
 const HEARTBEAT_NS: u64 = 5_000_000_000;
 /// How often heartbeats are looked at, in ms.
 const TICK_MS: i32 = 1000;
-/// A message whose rest does not come within this time breaks the connection.
-const PARTIAL_MESSAGE_NS: u64 = 2_000_000_000;
 /// How long an ending keeper waits for a control that it has killed, in ms.
 const CONTROL_END_MS: i32 = 300;
 /// Control is restarted at once, then ever more slowly, up to this pause.
@@ -66,15 +65,6 @@ struct Control {
     started_ns: u64,
     /// Since when it has hung up, although it has not ended.
     hung_up_ns: Option<u64>,
-}
-
-struct Connection {
-    handler: BackendReqHandler<Mutex<Device>>,
-    fd: RawFd,
-    /// Since when a message has been incomplete.
-    partial_ns: Option<u64>,
-    /// Whether anything has come from it.
-    spoke: bool,
 }
 
 /// The keeper of one daemon.
@@ -191,7 +181,7 @@ impl Keeper {
             control.pidfd = Some(pidfd);
             control.started_ns = now_ns();
         }
-        if self.connection.is_some() {
+        if self.connection.as_ref().is_some_and(|c| c.spoke) {
             self.tell_control(mount_table::frontend(true));
         }
         // Chunks that the old control was asked for are asked for again.
@@ -313,102 +303,6 @@ impl Keeper {
             if now_ns().saturating_sub(since) > HEARTBEAT_NS {
                 process::kill(pid);
             }
-        }
-    }
-
-    fn accept(&mut self) {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(e) => {
-                if e.kind() != io::ErrorKind::WouldBlock {
-                    session::say!("rafs-keeper: accept: {e}");
-                    // Without descriptors the next try fails as fast as this one.
-                    std::thread::sleep(std::time::Duration::from_millis(100));
-                }
-                return;
-            }
-        };
-        if let Err(e) = self.take_connection(stream) {
-            session::say!("rafs-keeper: a front-end cannot be served: {e}");
-        }
-    }
-
-    fn take_connection(&mut self, stream: UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(false)?;
-        let fd = stream.as_raw_fd();
-        let handler = BackendReqHandler::from_stream(stream, self.device.clone());
-        self.connection = Some(Connection {
-            handler,
-            fd,
-            partial_ns: None,
-            spoke: false,
-        });
-        let record = self.shared.record();
-        record.connected_ns.store(now_ns(), Ordering::Relaxed);
-        record.frontend_connected.store(1, Ordering::Relaxed);
-        self.tell_control(mount_table::frontend(true));
-        Ok(())
-    }
-
-    fn frontend_message(&mut self) {
-        let Some(connection) = self.connection.as_mut() else {
-            return;
-        };
-        let state = match message_state(connection.fd) {
-            // An answer that finds no room would block this loop, signals and all.
-            MessageState::Complete if !is_writable(connection.fd) => MessageState::Partial,
-            state => state,
-        };
-        match state {
-            MessageState::Complete => {
-                connection.partial_ns = None;
-                connection.spoke = true;
-            }
-            MessageState::Partial => {
-                connection.spoke = true;
-                let since = *connection.partial_ns.get_or_insert_with(now_ns);
-                if now_ns().saturating_sub(since) > PARTIAL_MESSAGE_NS {
-                    session::say!(
-                        "rafs-keeper: the front-end sent half a message, or reads no answers; the connection is closed"
-                    );
-                    self.frontend_gone();
-                }
-                return;
-            }
-            MessageState::Closed => {
-                self.frontend_gone();
-                return;
-            }
-        }
-        let result = connection.handler.handle_request();
-        if let Err(e) = result {
-            let fatal = matches!(
-                e,
-                VhostError::Disconnected
-                    | VhostError::PartialMessage
-                    | VhostError::OversizedMsg
-                    | VhostError::InvalidMessage
-                    | VhostError::SocketBroken(_)
-                    | VhostError::SocketError(_)
-            );
-            session::say!("rafs-keeper: front-end message: {e}");
-            if fatal {
-                self.frontend_gone();
-            }
-        }
-    }
-
-    fn frontend_gone(&mut self) {
-        // Somebody who only looked whether anybody listens here, such as a second daemon, was no VMM: it ends nothing.
-        let was_vmm = self.connection.take().is_some_and(|c| c.spoke);
-        self.shared
-            .record()
-            .frontend_connected
-            .store(0, Ordering::Relaxed);
-        self.device().reset_all();
-        self.tell_control(mount_table::frontend(false));
-        if was_vmm && !self.options.keep {
-            self.exit_code = Some(0);
         }
     }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use session::Shared;
 use session::clock::now_ns;
-use virtq::RegionSpec;
+use virtq::{Away, RegionSpec};
 use worker::channel::{self, Command};
 use worker::{MountFds, RingSetup, Setup, thread_of};
 
@@ -109,6 +109,7 @@ impl WorkerSlot {
     pub fn spawn(
         &mut self,
         regions: &[(RegionSpec, File)],
+        away: Away,
         rings: Vec<RingSetup>,
     ) -> io::Result<bool> {
         let Some(mount) = self.mount_fds() else {
@@ -145,6 +146,7 @@ impl WorkerSlot {
             let setup = Setup {
                 shared: self.shared,
                 regions,
+                away,
                 rings,
                 mount,
                 channels: theirs.iter().map(AsRawFd::as_raw_fd).collect(),

@@ -5,13 +5,15 @@ use crate::memory::GuestMemory;
 /// A run of host memory that stands for a part of a descriptor.
 pub type Segment = libc::iovec;
 
-/// Why a chain cannot be served. All are the driver's fault.
+/// Why a chain cannot be served. All but one are the driver's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChainError {
     /// A descriptor index is not below the table's size, or the chain loops.
     BadIndex,
     /// An address is not in shared memory.
     BadAddress,
+    /// An address lies in a region that the VMM has removed: it may come back.
+    MemoryAway,
     /// A readable descriptor follows a writable one.
     BadOrder,
     /// An indirect table is malformed (size, nesting, NEXT beside INDIRECT).
@@ -55,7 +57,7 @@ impl Chain {
         }
         let (mut addr, mut left) = (addr, u64::from(len));
         while left > 0 {
-            let (host, run) = mem.translate(addr, left).ok_or(ChainError::BadAddress)?;
+            let (host, run) = mem.translate(addr, left).ok_or_else(|| mem.missing(addr))?;
             if self.readable.len() + self.writable.len() >= MAX_SEGMENTS {
                 return Err(ChainError::TooLong);
             }

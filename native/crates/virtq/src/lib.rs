@@ -4,6 +4,7 @@
 //! reduced by the ring size, chains are bounded, and what is read once is kept in locals, because the guest may
 //! change its memory at any moment.
 
+mod away;
 mod chain;
 mod memory;
 mod ring;
@@ -12,6 +13,7 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use away::Away;
 pub use chain::{Chain, ChainError, Segment};
 pub use memory::{GuestMemory, RegionSpec};
 pub use ring::{RingAddresses, RingError, Vring};

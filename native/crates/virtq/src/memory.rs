@@ -3,6 +3,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::Away;
+use crate::chain::ChainError;
+
 /// One region as vhost-user describes it. Addresses and sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionSpec {
@@ -21,6 +24,11 @@ impl RegionSpec {
     pub fn overlaps(&self, other: &RegionSpec) -> bool {
         self.guest_addr < other.guest_addr.saturating_add(other.size)
             && other.guest_addr < self.guest_addr.saturating_add(self.size)
+    }
+
+    /// The first guest physical address behind it.
+    pub fn guest_end(&self) -> u64 {
+        self.guest_addr.saturating_add(self.size)
     }
 
     /// Whether it is empty, or its end is no address.
@@ -50,6 +58,7 @@ impl Drop for Region {
 #[derive(Default)]
 pub struct GuestMemory {
     regions: Vec<Region>,
+    away: Away,
 }
 
 // SAFETY: the mappings are plain memory; a `GuestMemory` is owned and used by one thread at a time.
@@ -108,6 +117,7 @@ impl GuestMemory {
         }
         // SAFETY: mmap_offset is smaller than map_len.
         let host = unsafe { map.cast::<u8>().add(spec.mmap_offset as usize) };
+        self.away.give(spec.guest_addr, spec.guest_end());
         let at = self
             .regions
             .partition_point(|r| r.spec.guest_addr < spec.guest_addr);
@@ -129,9 +139,24 @@ impl GuestMemory {
             r.spec.guest_addr == guest_addr && r.spec.size == size && r.spec.user_addr == user_addr
         });
         if let Some(at) = found {
-            self.regions.remove(at);
+            let spec = self.regions.remove(at).spec;
+            self.away.take(spec.guest_addr, spec.guest_end());
         }
         found.is_some()
+    }
+
+    /// Takes over what somebody else has seen of memory that went away.
+    pub fn set_away(&mut self, away: Away) {
+        self.away = away;
+    }
+
+    /// Why `addr` cannot be translated.
+    pub(crate) fn missing(&self, addr: u64) -> ChainError {
+        if self.away.contains(addr) {
+            ChainError::MemoryAway
+        } else {
+            ChainError::BadAddress
+        }
     }
 
     /// Gives back the page tables of the mappings; the memory itself is the guest's and stays as it is. The next

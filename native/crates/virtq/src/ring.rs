@@ -209,9 +209,9 @@ impl Vring {
             let addr = table
                 .checked_add(16 * u64::from(index))
                 .ok_or(ChainError::BadAddress)?;
-            let (host, run) = mem.translate(addr, 16).ok_or(ChainError::BadAddress)?;
+            let (host, run) = mem.translate(addr, 16).ok_or_else(|| mem.missing(addr))?;
             if run < 16 {
-                return Err(ChainError::BadAddress);
+                return Err(mem.missing(addr + run));
             }
             // SAFETY: 16 bytes are mapped at `host`; guest addresses need not be aligned.
             let d = unsafe { host.cast::<Descriptor>().read_unaligned() };

@@ -282,6 +282,30 @@ fn addresses_outside_memory_are_refused() {
 }
 
 #[test]
+fn memory_that_was_taken_away_is_no_fault() {
+    let f = fixture(8, 0, true);
+    let mut mem = f.guest.map();
+    let walk = |mem: &GuestMemory| f.ring.walk(mem, 0, &mut Chain::default());
+    f.driver.describe(&f.guest, 0, DATA, 16, 0, 0);
+    let (spec, file) = f
+        .guest
+        .regions()
+        .find(|(r, _)| r.guest_addr <= DATA && DATA < r.guest_end())
+        .unwrap();
+    assert!(mem.remove(spec.guest_addr, spec.size, spec.user_addr));
+    for flags in [0, INDIRECT] {
+        f.driver.describe(&f.guest, 0, DATA, 16, flags, 0);
+        assert_eq!(walk(&mem), Err(ChainError::MemoryAway));
+    }
+    // What never was memory is a fault, also now.
+    f.driver.describe(&f.guest, 0, 1 << 40, 16, 0, 0);
+    assert_eq!(walk(&mem), Err(ChainError::BadAddress));
+    f.driver.describe(&f.guest, 0, DATA, 16, 0, 0);
+    mem.add(spec, std::os::fd::AsFd::as_fd(file)).unwrap();
+    assert_eq!(walk(&mem), Ok(()));
+}
+
+#[test]
 fn loops_end() {
     let f = fixture(8, 0, true);
     for head in 0..8u16 {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
+use session::clock::now_ns;
 use session::failpoint::Point;
 use virtq::{RegionSpec, RingAddresses};
 
@@ -100,7 +101,7 @@ impl RingThread {
             }
             Op::Enable => {
                 if let Some(i) = self.position(queue) {
-                    self.queues[i].enabled = args[0] != 0;
+                    self.enable(i, args[0] != 0);
                     self.server
                         .shared
                         .queue(queue)
@@ -153,6 +154,22 @@ impl RingThread {
         self.unwatch_kick(at);
         self.server.parking.drop_queue(queue);
         Some(self.queues.remove(at).stop())
+    }
+
+    /// Enables or disables the ring of queue `i`. A machine that stands still is not behind time when it goes on.
+    fn enable(&mut self, i: usize, enabled: bool) {
+        let (now, deadline_ns) = (now_ns(), self.server.io_deadline_ns);
+        let queue = &mut self.queues[i];
+        if queue.enabled == enabled {
+            return;
+        }
+        queue.enable(enabled, now);
+        for parked in &mut self.server.parking.list {
+            if parked.queue == queue.index {
+                parked.taken_ns = now;
+                parked.deadline_ns = now.saturating_add(deadline_ns);
+            }
+        }
     }
 
     fn remap(&mut self) {

@@ -30,7 +30,7 @@ mod thread;
 use std::os::fd::RawFd;
 
 use session::Shared;
-use virtq::{RegionSpec, RingAddresses};
+use virtq::{Away, RegionSpec, RingAddresses};
 
 pub use mount::{BlobFds, MountFds};
 
@@ -55,6 +55,8 @@ pub struct RingSetup {
 pub struct Setup {
     pub shared: &'static Shared,
     pub regions: Vec<(RegionSpec, RawFd)>,
+    /// Memory that was there and may come back.
+    pub away: Away,
     pub rings: Vec<RingSetup>,
     pub mount: MountFds,
     /// One command socket per ring thread.

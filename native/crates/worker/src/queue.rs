@@ -30,6 +30,8 @@ pub struct Queue<'a> {
     /// Heads of the log that have to be served once more: a predecessor left them, or their ring's memory was away
     /// when their turn came.
     pub backlog: VecDeque<Outstanding>,
+    /// Heads whose buffers lie in memory that was taken away: they join the backlog when memory changes.
+    pub waiting: Vec<Outstanding>,
     call: Option<OwnedFd>,
     spec: RingSpec,
     /// None while a part of it is not in shared memory.
@@ -63,6 +65,7 @@ impl<'a> Queue<'a> {
             epoch: 0,
             kick,
             backlog: VecDeque::new(),
+            waiting: Vec::new(),
             call,
             spec,
             ring: None,
@@ -88,6 +91,7 @@ impl<'a> Queue<'a> {
     /// Maps the ring anew after memory regions changed. Answers must have been flushed.
     pub fn remap(&mut self, mem: &GuestMemory) {
         self.position = self.next_avail();
+        self.backlog.extend(self.waiting.drain(..));
         let spec = self.spec;
         self.ring = Vring::new(mem, spec.size, spec.at, self.position, spec.event_idx).ok();
         // Where it cannot be mapped, a later region may bring the memory.
@@ -128,14 +132,48 @@ impl<'a> Queue<'a> {
         self.kick.is_none() && self.is_live()
     }
 
-    /// Whether requests can be read and answered.
-    pub fn is_mapped(&self) -> bool {
-        self.ring.is_some()
+    /// Whether requests can be read and answered. A disabled ring is left as it is: that of a machine which stands
+    /// still, for a snapshot perhaps.
+    pub fn can_answer(&self) -> bool {
+        self.enabled && self.ring.is_some()
+    }
+
+    /// Enables or disables the ring. While it is disabled no deadline comes nearer.
+    pub fn enable(&mut self, enabled: bool, now_ns: u64) {
+        self.enabled = enabled;
+        self.log.stop_clocks();
+        for known in &mut self.backlog {
+            known.taken_ns = 0;
+        }
+        for known in &mut self.waiting {
+            known.taken_ns = now_ns;
+        }
+    }
+
+    /// The head cannot be read before more memory comes.
+    pub fn wait_for_memory(&mut self, known: Outstanding) {
+        self.park(known.head);
+        self.waiting.push(known);
+    }
+
+    /// Gives heads back that have waited for their memory since `taken_until_ns` or longer; how many.
+    pub fn expire_waiting(&mut self, taken_until_ns: u64) -> usize {
+        if self.waiting.is_empty() || !self.can_answer() {
+            return 0;
+        }
+        let (late, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition::<Vec<_>, _>(|known| known.taken_ns <= taken_until_ns);
+        self.waiting = waiting;
+        for known in &late {
+            self.complete(known.head, 0);
+        }
+        late.len()
     }
 
     /// The next head of the backlog, if it can be served now.
     pub fn next_in_backlog(&mut self, now_ns: u64) -> Option<Outstanding> {
-        if !self.enabled || !self.is_mapped() {
+        if !self.can_answer() {
             return None;
         }
         let mut known = self.backlog.pop_front()?;

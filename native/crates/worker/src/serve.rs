@@ -6,9 +6,10 @@ use fuse_abi::request::{IN_HEADER_LEN, InHeader};
 use fuse_abi::{opcode, reply};
 use rafs_format::Tree;
 use session::failpoint::Point;
+use session::inflight::Outstanding;
 use session::rings::Trace;
 use session::{Shared, clock};
-use virtq::{Chain, GuestMemory};
+use virtq::{Chain, ChainError, GuestMemory};
 
 use crate::mount::Mount;
 use crate::ops::{self, Errno};
@@ -44,6 +45,25 @@ pub struct Head {
     pub waited: bool,
 }
 
+impl Head {
+    fn outstanding(self) -> Outstanding {
+        Outstanding {
+            head: self.head,
+            counter: 0,
+            taken_ns: self.taken_ns,
+            poisonous: false,
+        }
+    }
+}
+
+/// Why a request cannot be read.
+enum Unopened {
+    /// Nothing to answer, nowhere to answer it: the buffer is given back empty.
+    Unusable,
+    /// Its memory may come back.
+    MemoryAway,
+}
+
 impl Server {
     pub fn new(
         thread: usize,
@@ -67,35 +87,49 @@ impl Server {
         }
     }
 
-    /// Reads the header and up to `ARGS_MAX` argument bytes; `None` when the chain is unusable.
+    /// Reads the header and up to `ARGS_MAX` argument bytes.
     fn open(
         &mut self,
         queue: &Queue<'_>,
         head: u16,
         args: &mut [u8; ARGS_MAX],
-    ) -> Option<(InHeader, usize)> {
-        if queue.walk(&self.mem, head, &mut self.chain).is_err() {
-            return None;
+    ) -> Result<(InHeader, usize), Unopened> {
+        match queue.walk(&self.mem, head, &mut self.chain) {
+            Ok(()) => {}
+            Err(ChainError::MemoryAway) => return Err(Unopened::MemoryAway),
+            Err(_) => return Err(Unopened::Unusable),
         }
         let mut raw = [0u8; IN_HEADER_LEN];
         if self.chain.read_at(0, &mut raw) < IN_HEADER_LEN {
-            return None;
+            return Err(Unopened::Unusable);
         }
-        let header = InHeader::parse(&raw)?;
+        let header = InHeader::parse(&raw).ok_or(Unopened::Unusable)?;
         let declared = (header.len as usize).saturating_sub(IN_HEADER_LEN);
         let len = declared.min(ARGS_MAX);
         let n = self.chain.read_at(IN_HEADER_LEN, &mut args[..len]);
-        Some((header, n))
+        Ok((header, n))
+    }
+
+    /// What becomes of a head that could not be opened.
+    fn put_aside(&self, queue: &mut Queue<'_>, at: Head, why: &Unopened) {
+        match why {
+            Unopened::Unusable => {
+                self.count_error();
+                queue.complete(at.head, 0);
+            }
+            Unopened::MemoryAway => queue.wait_for_memory(at.outstanding()),
+        }
     }
 
     /// Serves one head; bytes copied to the guest, as a measure of the work done.
     pub fn serve(&mut self, queue: &mut Queue<'_>, at: Head) -> usize {
         let mut args = [0u8; ARGS_MAX];
-        let Some((header, n)) = self.open(queue, at.head, &mut args) else {
-            // Nothing to answer, nowhere to answer it: give the buffer back empty.
-            self.count_error();
-            queue.complete(at.head, 0);
-            return 0;
+        let (header, n) = match self.open(queue, at.head, &mut args) {
+            Ok(opened) => opened,
+            Err(why) => {
+                self.put_aside(queue, at, &why);
+                return 0;
+            }
         };
         let args = &args[..n];
         if !at.waited {
@@ -200,7 +234,9 @@ impl Server {
             waited: finished.waited,
         };
         let Ok(data) = &finished.data else {
-            self.fail(queue, at.head, Errno(libc::EIO));
+            if !self.fail(queue, at.head, Errno(libc::EIO)) {
+                queue.wait_for_memory(at.outstanding());
+            }
             return;
         };
         if !settled(self.mount, &finished.pieces) {
@@ -208,10 +244,9 @@ impl Server {
             return;
         }
         let mut args = [0u8; ARGS_MAX];
-        let Some((header, n)) = self.open(queue, at.head, &mut args) else {
-            self.count_error();
-            queue.complete(at.head, 0);
-            return;
+        let (header, n) = match self.open(queue, at.head, &mut args) {
+            Ok(opened) => opened,
+            Err(why) => return self.put_aside(queue, at, &why),
         };
         // The guest may have changed the request meanwhile; it gets what it asked for first, as far as that fits.
         self.shared.failpoint().pass(Point::Copying);
@@ -387,12 +422,15 @@ impl Server {
         );
     }
 
-    /// Answers `head` with an error.
-    pub fn fail(&mut self, queue: &mut Queue<'_>, head: u16, errno: Errno) {
+    /// Answers `head` with an error. False when the memory for that is away: then it is not answered.
+    #[must_use]
+    pub fn fail(&mut self, queue: &mut Queue<'_>, head: u16, errno: Errno) -> bool {
         let mut args = [0u8; ARGS_MAX];
         match self.open(queue, head, &mut args) {
-            Some((header, _)) => self.fail_open(queue, head, &header, errno),
-            None => queue.complete(head, 0),
+            Ok((header, _)) => self.fail_open(queue, head, &header, errno),
+            Err(Unopened::Unusable) => queue.complete(head, 0),
+            Err(Unopened::MemoryAway) => return false,
         }
+        true
     }
 }

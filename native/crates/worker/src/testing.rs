@@ -211,6 +211,7 @@ impl Bench {
             regions: regions
                 .map(|(spec, file)| (spec, file.as_raw_fd()))
                 .collect(),
+            away: virtq::Away::default(),
             rings,
             mount: MountFds::default(),
             channels: vec![self.theirs],
@@ -239,7 +240,16 @@ impl Bench {
     }
 
     pub fn remove_memory(&self, thread: &mut RingThread) {
-        for (spec, _) in self.guest.regions() {
+        self.remove_regions(thread, |_| true);
+    }
+
+    /// Takes the places of requests away; the rings stay.
+    pub fn remove_places(&self, thread: &mut RingThread) {
+        self.remove_regions(thread, |guest_addr| guest_addr == PLACES);
+    }
+
+    fn remove_regions(&self, thread: &mut RingThread, which: impl Fn(u64) -> bool) {
+        for (spec, _) in self.guest.regions().filter(|(r, _)| which(r.guest_addr)) {
             let args = [spec.guest_addr, spec.size, spec.user_addr, 0];
             let command = Command::new(Op::RemoveRegion, 0).with(args);
             assert_eq!(self.tell(thread, &command, &[]).status, 0);
@@ -247,7 +257,15 @@ impl Bench {
     }
 
     pub fn add_memory(&self, thread: &mut RingThread) {
-        for (spec, file) in self.guest.regions() {
+        self.add_regions(thread, |_| true);
+    }
+
+    pub fn add_places(&self, thread: &mut RingThread) {
+        self.add_regions(thread, |guest_addr| guest_addr == PLACES);
+    }
+
+    fn add_regions(&self, thread: &mut RingThread, which: impl Fn(u64) -> bool) {
+        for (spec, file) in self.guest.regions().filter(|(r, _)| which(r.guest_addr)) {
             let command = Command::new(Op::AddRegion, 0).with([
                 spec.guest_addr,
                 spec.size,
@@ -256,6 +274,11 @@ impl Bench {
             ]);
             assert_eq!(self.tell(thread, &command, &[file.as_raw_fd()]).status, 0);
         }
+    }
+
+    pub fn enable(&self, thread: &mut RingThread, queue: usize, enabled: bool) {
+        let command = Command::new(Op::Enable, queue).with([u64::from(enabled), 0, 0, 0]);
+        assert_eq!(self.tell(thread, &command, &[]).status, 0);
     }
 
     pub fn stop(&self, thread: &mut RingThread, queue: usize) -> Answer {

@@ -89,6 +89,7 @@ impl RingThread {
             let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
             server.mem.add(*spec, fd)?;
         }
+        server.mem.set_away(setup.away.clone());
         let mut this = RingThread {
             index,
             server,
@@ -140,7 +141,7 @@ impl RingThread {
                 self.server.parking.tell_control = false;
                 write_event(self.post);
             }
-            let timeout = match (more, self.server.parking.list.is_empty()) {
+            let timeout = match (more, self.nobody_waits()) {
                 (true, _) => 0,
                 // A VMM that gives no kick fd wants its ring to be looked at.
                 _ if self.queues.iter().any(Queue::is_polled) => POLL_MS,
@@ -184,6 +185,11 @@ impl RingThread {
             }
             more = self.unpark();
         }
+    }
+
+    /// Whether no request waits for anything that comes without a signal.
+    fn nobody_waits(&self) -> bool {
+        self.server.parking.list.is_empty() && self.queues.iter().all(|q| q.waiting.is_empty())
     }
 
     fn set_busy(&self) {
@@ -263,7 +269,9 @@ impl RingThread {
                     "rafs-worker: queue {}: a request that was served at three crashes in a row fails",
                     queue.index
                 );
-                self.server.fail(queue, known.head, Errno(libc::EIO));
+                if !self.server.fail(queue, known.head, Errno(libc::EIO)) {
+                    queue.wait_for_memory(known);
+                }
                 0
             } else {
                 let at = Head {
@@ -300,15 +308,16 @@ impl RingThread {
     /// Looks at every parked request: its chunk may have come, its time may be over, its post may be lost. True when
     /// the budget of a round ended the look: one chunk may free more requests than a command can wait for.
     pub(crate) fn unpark(&mut self) -> bool {
-        if self.server.parking.list.is_empty() {
+        if self.nobody_waits() {
             return false;
         }
         let now = now_ns();
+        self.expire_waiting(now);
         let mut budget = Budget::default();
         let list = self.server.parking.take_all();
         for parked in &list {
             let at = self.position(parked.queue);
-            let Some(i) = at.filter(|&i| self.queues[i].is_mapped() && !budget.is_spent()) else {
+            let Some(i) = at.filter(|&i| self.queues[i].can_answer() && !budget.is_spent()) else {
                 self.server.parking.list.push(*parked);
                 continue;
             };
@@ -334,7 +343,9 @@ impl RingThread {
                 let late = &self.server.shared.thread(self.index).deadline_errors;
                 late.store(late.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
                 let queue = &mut self.queues[i];
-                self.server.fail(queue, parked.head, Errno(libc::EIO));
+                if !self.server.fail(queue, parked.head, Errno(libc::EIO)) {
+                    queue.complete(parked.head, 0);
+                }
                 budget.spend(0);
                 self.step();
             } else {
@@ -348,6 +359,21 @@ impl RingThread {
         self.server.parking.looked_at(list);
         self.flush_all();
         budget.is_spent()
+    }
+
+    /// Gives heads back whose memory has not come within the deadline: what they asked for can be told to nobody.
+    fn expire_waiting(&mut self, now: u64) {
+        let until = now.saturating_sub(self.server.io_deadline_ns);
+        let late: usize = self
+            .queues
+            .iter_mut()
+            .map(|q| q.expire_waiting(until))
+            .sum();
+        let errors = &self.server.shared.thread(self.index).deadline_errors;
+        errors.store(
+            errors.load(Ordering::Relaxed) + late as u64,
+            Ordering::Relaxed,
+        );
     }
 
     fn repost(&mut self, parked: &Parked, now: u64) -> bool {
@@ -370,10 +396,11 @@ impl RingThread {
             if queue.epoch != finished.ticket.epoch {
                 continue;
             }
-            if queue.is_mapped() {
+            if queue.can_answer() {
                 self.server.serve_finished(queue, &finished);
             } else {
-                // Its memory is away for the moment: the request is served once more when it is back.
+                // Its memory is away for the moment, or the machine stands still: the request is served once more when
+                // it goes on.
                 queue.backlog.push_back(Outstanding {
                     head: finished.ticket.head,
                     counter: 0,
@@ -444,3 +471,7 @@ fn write_event(fd: RawFd) {
 #[cfg(test)]
 #[path = "thread_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "waiting_tests.rs"]
+mod waiting_tests;

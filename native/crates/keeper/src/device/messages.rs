@@ -90,9 +90,14 @@ impl VhostUserBackendReqHandlerMut for Device {
             return Err(Error::InvalidParam);
         }
         let old = std::mem::take(&mut self.regions);
+        let away = self.away.clone();
+        for (spec, _) in &old {
+            self.away.take(spec.guest_addr, spec.guest_end());
+        }
         for (region, file) in regions.iter().zip(files) {
             if let Err(e) = self.add_region(region_spec(region), file) {
                 self.regions = old;
+                self.away = away;
                 return Err(e);
             }
         }
@@ -303,6 +308,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             r.guest_addr == spec.guest_addr && r.size == spec.size && r.user_addr == spec.user_addr
         });
         self.regions.remove(found.ok_or(Error::InvalidParam)?);
+        self.away.take(spec.guest_addr, spec.guest_end());
         self.tell_all(remove_command(&spec), &[]);
         Ok(())
     }
