@@ -17,7 +17,7 @@ from virtiofsd_rafs.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from virtiofsd_rafs.backends.config import BackendConfig
+    from virtiofsd_rafs.backends.config import BackendConfig, RegistryAccess
 
 Pull = Literal["missing", "always", "never"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -99,7 +99,9 @@ class ServeConfig:
     )
     """How long a guest's request may wait for its data before it fails with EIO."""
     plain_http: bool = False
-    ca_file: Path | None = None
+    """Speak http to the registry."""
+    registry: RegistryAccess | None = None
+    """Mirrors, proxy, certificates and credentials of registries; None: nothing special."""
     allow_unverified: bool = False
     """Serve images that have no digest for some of their chunks."""
     log_level: LogLevel = attrs.field(default="info", validator=_one_of(*LOG_LEVELS))
@@ -130,3 +132,10 @@ class ServeConfig:
             )
         if self.fill != "never" and self.cache_dir is None:
             raise ConfigError("fill needs a disk", remedy="give --cache-dir instead of --no-cache")
+
+    @property
+    def access(self) -> RegistryAccess:
+        """How registries are reached. Not for the way to a cached image: the import costs 10 ms."""
+        from virtiofsd_rafs.backends.config import RegistryAccess
+
+        return RegistryAccess.of(self.registry, plain_http=self.plain_http)

@@ -12,6 +12,7 @@ import pytest
 from guest.registry import Registry
 from tests.sim.tls import make_certificate
 from virtiofsd_rafs.backends import open_source
+from virtiofsd_rafs.backends.config import HttpOptions, RegistryAccess
 from virtiofsd_rafs.errors import AuthError, BackendError, BadReply, NotFound, UntrustedServer
 from virtiofsd_rafs.image.assemble import assemble
 from virtiofsd_rafs.image.build import build_image
@@ -39,8 +40,7 @@ class PasswordRegistry(Registry):
 
 @attrs.frozen
 class Config:
-    plain_http: bool = True
-    ca_file: Path | None = None
+    access: RegistryAccess = attrs.field(factory=lambda: RegistryAccess(plain_http=True))
     connections: int = 8
     io_deadline_s: float = 90.0
 
@@ -128,7 +128,7 @@ async def test_upload_in_pieces(registry: Registry, out: Path) -> None:
     upload = assemble(out).uploads[0]
     reference = parse_reference(f"127.0.0.1:{registry.port}/in/pieces")
     async with Pusher(
-        reference, plain_http=True, ca_file=None, deadline_s=20, piece=upload.size // 4 + 1
+        reference, access=RegistryAccess(plain_http=True), deadline_s=20, piece=upload.size // 4 + 1
     ) as pusher:
         assert await pusher.push_blob(upload) is False
         assert await pusher.push_blob(upload) is True
@@ -178,11 +178,12 @@ async def test_tls(tool: Callable[[str], str], tmp_path: Path, out: Path) -> Non
 
     with TlsRegistry(tmp_path / "registry") as registry:
         reference = f"127.0.0.1:{registry.port}/a/b:1"
-        await push_image(out, reference, ca_file=certificate)
+        access = RegistryAccess(http=HttpOptions(ca_files=(certificate,)))
+        await push_image(out, reference, access=access)
         with pytest.raises(UntrustedServer, match="--ca-file"):
             await resolve_image(reference, cache_dir=None, blob_dir=None)
-        image = await resolve_image(reference, cache_dir=None, blob_dir=None, ca_file=certificate)
-        source = open_source(image, Config(plain_http=False, ca_file=certificate))
+        image = await resolve_image(reference, cache_dir=None, blob_dir=None, access=access)
+        source = open_source(image, Config(access))
         assert await source.read_range(blob_of(out).name, 0, 8) == blob_of(out).read_bytes()[:8]
         await source.close()
         with pytest.raises(BackendError):

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from virtiofsd_rafs.backends import open_source
+from virtiofsd_rafs.backends.config import RegistryAccess
 from virtiofsd_rafs.backends.localdir import LocalDirSource
 from virtiofsd_rafs.errors import BackendError, BadReply, NotFound
 from virtiofsd_rafs.image.resolve import ResolvedImage
@@ -23,8 +24,7 @@ BLOB_ID = "ab" * 32
 
 @attrs.frozen
 class Config:
-    plain_http: bool = False
-    ca_file: Path | None = None
+    access: RegistryAccess = attrs.field(factory=lambda: RegistryAccess(plain_http=False))
     connections: int = 8
     io_deadline_s: float = 90.0
 

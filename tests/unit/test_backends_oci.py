@@ -15,6 +15,7 @@ import pytest
 from tests.sim.gate import Auth
 from tests.sim.registry import RegistrySimulator
 from virtiofsd_rafs.backends import open_source
+from virtiofsd_rafs.backends.config import HttpOptions, RegistryAccess
 from virtiofsd_rafs.backends.oci import OciSource
 from virtiofsd_rafs.errors import (
     AuthError,
@@ -45,8 +46,7 @@ DIGEST = f"sha256:{BLOB_ID}"
 
 @attrs.frozen
 class Config:
-    plain_http: bool = True
-    ca_file: Path | None = None
+    access: RegistryAccess = attrs.field(factory=lambda: RegistryAccess(plain_http=True))
     connections: int = 8
     io_deadline_s: float = 90.0
 
@@ -55,6 +55,7 @@ class Config:
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
     """Whoever runs the tests may be logged in somewhere; that must not matter. Returns a ``docker login``."""
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
 
     def login(host: str, entry: dict[str, str]) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"auths": {host: entry}}))
@@ -328,7 +329,8 @@ async def test_unknown_host() -> None:
 async def test_no_progress_is_a_timeout(sim: RegistrySimulator, fault: str) -> None:
     sim.fault(fault, where="blob", times=1, interval=0.01)
     reference = parse_reference(f"{sim.host}/a/b:1")
-    source = OciSource(reference, Config(), progress_timeout_s=0.5)
+    backend = RegistryAccess(plain_http=True, http=HttpOptions(timeout_s=0.5)).backend(reference)
+    source = OciSource(backend)
     with pytest.raises(BackendTimeout):
         await source.read_range(BLOB_ID, 0, 100_000)
     assert await source.read_range(BLOB_ID, 0, 10) == BLOB[:10]
@@ -399,21 +401,21 @@ async def test_tls(tool: Callable[[str], str], tmp_path: Path) -> None:
     certificate, key = make_certificate(tool("openssl"), tmp_path)
     with RegistrySimulator(tls=(certificate, key)) as sim:
         sim.store.add_blob(BLOB)
-        trusting = source_for(sim, Config(plain_http=False, ca_file=certificate))
+        trusting = source_for(sim, Config(RegistryAccess(http=HttpOptions(ca_files=(certificate,)))))
         assert await trusting.read_range(BLOB_ID, 0, 10) == BLOB[:10]
         await trusting.close()
-        wary = source_for(sim, Config(plain_http=False))
+        wary = source_for(sim, Config(RegistryAccess()))
         with pytest.raises(UntrustedServer, match="--ca-file"):
             await wary.read_range(BLOB_ID, 0, 10)
         await wary.close()
-        wrong = source_for(sim, Config(plain_http=False, ca_file=key))
+        wrong = source_for(sim, Config(RegistryAccess(http=HttpOptions(ca_files=(certificate, key)))))
         with pytest.raises(ConfigError, match="PEM"):
             await wrong.read_range(BLOB_ID, 0, 10)
         await wrong.close()
 
 
 async def test_tls_with_a_server_that_has_none(sim: RegistrySimulator) -> None:
-    source = source_for(sim, Config(plain_http=False))
+    source = source_for(sim, Config(RegistryAccess()))
     with pytest.raises(UntrustedServer, match="--plain-http"):
         await source.read_range(BLOB_ID, 0, 10)
     await source.close()

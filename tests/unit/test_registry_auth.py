@@ -18,9 +18,9 @@ from virtiofsd_rafs.registry.auth import (
     Credentials,
     Ready,
     TokenRequest,
-    parse_docker_config,
 )
 from virtiofsd_rafs.registry.challenge import Challenge, parse_challenges
+from virtiofsd_rafs.registry.docker_config import parse_docker_config
 from virtiofsd_rafs.registry.protocol import ReplyHead
 from virtiofsd_rafs.registry.secret import Secret
 
@@ -99,10 +99,12 @@ def test_basic_without_credentials_names_the_remedy() -> None:
         make().refused(None, BASIC, refusals=1)
 
 
-def test_a_credential_helper_is_named() -> None:
-    auth = Authenticator("https://reg.example/v2/a", "s", None, helper="osxkeychain")
-    with pytest.raises(AuthError, match="osxkeychain"):
-        auth.refused(None, BASIC, refusals=1)
+def test_where_refused_credentials_came_from_is_told() -> None:
+    auth = make()
+    assert auth.use(ME, origin="the credential helper pass")
+    auth.refused(None, BASIC, refusals=1)
+    with pytest.raises(AuthError, match="the credential helper pass"):
+        auth.refused(ME.basic(), BASIC, refusals=2)
 
 
 def test_bearer_anonymous() -> None:
@@ -118,8 +120,14 @@ def test_bearer_anonymous() -> None:
     plan = auth.plan(10)
     assert isinstance(plan, Ready)
     assert plan.authorization == Secret("Bearer t0k3n")
-    assert isinstance(auth.plan(89.9), Ready)
-    assert isinstance(auth.plan(90.1), TokenRequest)  # renewed before it ends
+    # Renewed before it ends, beside requests that still use it; at its very end nothing else helps.
+    assert auth.plan(10 + 66) == Ready(Secret("Bearer t0k3n"))
+    early = auth.plan(10 + 67)
+    assert isinstance(early, Ready)
+    assert early.authorization == Secret("Bearer t0k3n")
+    assert early.renew is not None
+    assert isinstance(auth.plan(10 + 97.9), Ready)
+    assert auth.plan(10 + 98.1) == early.renew
 
 
 def test_bearer_with_password_sends_it_to_the_realm_only() -> None:
@@ -199,13 +207,14 @@ def test_token_service_sends_nonsense(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("more", "life"),
     [
-        ({"expires_in": 300}, 280),
-        ({}, 45),
-        ({"expires_in": 0}, 45),
-        ({"expires_in": "soon"}, 45),
-        ({"expires_in": 300, "issued_at": "1970-01-01T00:01:40.123456789Z"}, 180),
-        ({"expires_in": 300, "issued_at": "1970-01-01T01:00:00Z"}, 280),  # a clock that is ahead
-        ({"expires_in": 300, "issued_at": "yesterday"}, 280),
+        ({"expires_in": 300}, 298),
+        ({}, 58),
+        ({"expires_in": 0}, 58),
+        ({"expires_in": "soon"}, 58),
+        ({"expires_in": 0.001}, 0.9),  # or each request would be two, for ever
+        ({"expires_in": 300, "issued_at": "1970-01-01T00:01:40.123456789Z"}, 198),
+        ({"expires_in": 300, "issued_at": "1970-01-01T01:00:00Z"}, 298),  # a clock that is ahead
+        ({"expires_in": 300, "issued_at": "yesterday"}, 298),
     ],
 )
 def test_life_of_tokens(more: dict[str, object], life: float) -> None:
@@ -214,8 +223,8 @@ def test_life_of_tokens(more: dict[str, object], life: float) -> None:
     request = auth.plan(0)
     assert isinstance(request, TokenRequest)
     auth.token_reply(request, OK, token_body(**more), now=0, wall=200)
-    assert isinstance(auth.plan(life - 1), Ready)
-    assert isinstance(auth.plan(life + 1), TokenRequest)
+    assert isinstance(auth.plan(life - 0.2), Ready)
+    assert isinstance(auth.plan(life + 0.2), TokenRequest)
 
 
 def test_tokens_are_not_asked_over_http_for_an_https_registry() -> None:
@@ -268,7 +277,8 @@ def test_docker_config() -> None:
     assert config.lookup("odd.example") is None
     assert config.lookup("reg.example") is None
     assert config.helper("gcr.io") == "gcloud"
-    assert config.helper("reg.example") == "pass"
+    assert config.helper("reg.example") is None
+    assert config.default_helper == "pass"
     assert parse_docker_config(b"{}").lookup("docker.io") is None
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.sim.gate import Auth
+from virtiofsd_rafs.backends.config import RegistryAccess
 from virtiofsd_rafs.errors import AuthError, BadReply, ConfigError, DigestMismatch, NotFound, Unreachable
 from virtiofsd_rafs.image.assemble import assemble
 from virtiofsd_rafs.image.build import build_image
@@ -113,7 +114,9 @@ async def test_large_blobs_go_in_pieces(
     upload = assemble(out).uploads[0]
     reference = parse_reference(f"{sim.host}/a/b:1")
     piece = upload.size // 3 + 1
-    async with Pusher(reference, plain_http=True, ca_file=None, deadline_s=20, piece=piece) as pusher:
+    async with Pusher(
+        reference, access=RegistryAccess(plain_http=True), deadline_s=20, piece=piece
+    ) as pusher:
         assert await pusher.push_blob(upload) is False
     assert [r.method for r in sim.requests("upload")] == ["POST", "PATCH", "PATCH", "PUT"]
     assert sim.store.blobs[upload.digest] == blob_of(out).read_bytes()

@@ -79,15 +79,20 @@ def open_source(
 
         timeout_s = min(backend.timeout_s, config.io_deadline_s / TRIES_WITHIN_DEADLINE)
         return LocalDirSource(backend.dirs, blob_file=backend.blob_file, timeout_s=timeout_s)
+    registry = None
     if isinstance(backend, RegistryBackend):
+        registry = backend.plus(config.access)
+    elif image.reference is not None:
+        registry = config.access.backend(image.reference)
+    if registry is not None:
         from virtiofsd_rafs.backends.oci import OciSource
-        from virtiofsd_rafs.registry.reference import Reference
 
-        return OciSource(Reference(backend.host, backend.repository, tag="latest"), config, image.blob_sizes)
-    if image.reference is not None:
-        from virtiofsd_rafs.backends.oci import OciSource
-
-        return OciSource(image.reference, config, image.blob_sizes)
+        return OciSource(
+            registry,
+            connections=config.connections,
+            blob_sizes=image.blob_sizes,
+            deadline_s=config.io_deadline_s,
+        )
     if image.blob_dir is not None:
         from virtiofsd_rafs.backends.localdir import LocalDirSource
 

@@ -11,8 +11,7 @@ import attrs
 from virtiofsd_rafs.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.registry.secret import Secret
 
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}")
@@ -43,7 +42,48 @@ class Renewable(Protocol):
     """A source whose credentials can be renewed while it is in use."""
 
     def renew(self, update: CredentialUpdate) -> None:
-        """Uses *update* from the next request on; what does not concern this source is ignored."""
+        """Uses *update* from the next request on; what does not concern this source is ignored.
+
+        Raises ConfigError, and changes nothing, for what is malformed.
+        """
+        ...
+
+
+@runtime_checkable
+class Distrustful(Protocol):
+    """A source with several places for the same bytes."""
+
+    def wrong_bytes(self, blob_id: str, offset: int, length: int, source: str) -> None:
+        """What *source* (see ANSWERED_BY) sent for this range was wrong.
+
+        Another place is asked first when the range, or a part of it, is read again.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class SourceReport:
+    """One place that a source asks, for metrics and status."""
+
+    source: str
+    """Its label, as ANSWERED_BY."""
+    url: str
+    """Without query and user."""
+    requests: int
+    errors: int
+    """Requests that failed, and bytes that were wrong."""
+    bytes: int
+    state: str
+    """well, resting, due (it has rested, the next request is a probe)."""
+    rests_for_s: float
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A source that counts what each of its places did."""
+
+    def report(self) -> list[SourceReport]:
+        """The places in the order in which they are asked."""
         ...
 
 
@@ -52,7 +92,8 @@ class BlobSource(Protocol):
 
     Methods raise BackendError subclasses only. ``error.retryable`` says whether the same call can succeed
     later; ``Throttled.retry_after_s`` when. Nothing is tried again inside, but authentication and redirects
-    are part of a call. Any number of calls may run at once; a cancelled one gives its connection back.
+    are part of a call, and so is asking the next one of several places. Any number of calls may run at once;
+    a cancelled one gives its connection back.
     """
 
     async def read_range(self, blob_id: str, offset: int, length: int) -> bytes:
@@ -72,10 +113,7 @@ class SourceConfig(Protocol):
     """The part of the configuration that a source reads."""
 
     @property
-    def plain_http(self) -> bool: ...
-
-    @property
-    def ca_file(self) -> Path | None: ...
+    def access(self) -> RegistryAccess: ...
 
     @property
     def connections(self) -> int: ...

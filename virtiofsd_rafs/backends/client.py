@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from virtiofsd_rafs.errors import BadReply, DigestMismatch
+from virtiofsd_rafs.errors import AuthError, BadReply, DigestMismatch
 from virtiofsd_rafs.registry.auth import MAX_TOKEN_BODY, Authenticator, Ready, TokenRequest
 from virtiofsd_rafs.registry.manifest import ACCEPT, MAX_MANIFEST_LEN, Descriptor, verify_digest
 from virtiofsd_rafs.registry.protocol import (
     DEFAULT_MAX_SKIP,
     BodyPlan,
-    Endpoint,
     Exchange,
     RangeIgnored,
     Request,
@@ -26,17 +26,23 @@ from virtiofsd_rafs.registry.protocol import (
 from virtiofsd_rafs.registry.redirects import RedirectCache
 from virtiofsd_rafs.registry.reference import is_sha256
 
+_log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from virtiofsd_rafs.backends.credentials import CredentialStore
     from virtiofsd_rafs.backends.http import BodyFactory, HttpClient, Reply
-    from virtiofsd_rafs.registry.auth import DockerConfig
-    from virtiofsd_rafs.registry.reference import Reference
+    from virtiofsd_rafs.errors import BackendError
+    from virtiofsd_rafs.registry.auth import Credentials
+    from virtiofsd_rafs.registry.protocol import Endpoint
     from virtiofsd_rafs.registry.secret import Secret
 
 # After this many ranges that were answered with the whole blob, the slice is cut out whatever it costs: the
 # server will not learn.
 _IGNORED_BEFORE_SLICING = 3
+# Where credentials came from that are in no file, for messages.
+_GIVEN = "the configuration"
 
 
 class Sink(Protocol):
@@ -52,51 +58,83 @@ class RegistryClient:
 
     Args:
         http: the connections; closed by the owner.
-        reference: names host and repository.
-        plain_http: no TLS, by the user's wish.
-        config: the user's credentials.
+        endpoint: the repository.
+        credentials: where credentials are looked up, by the name of the registry; closed by the owner.
+        registry: that name, as ``Reference.host`` has it; None: the endpoint's host.
+        explicit: credentials that come before those.
+        token: a bearer token that is sent as it is.
+        headers: sent with each request to the registry itself; they may be credentials.
         push: whether writing is wanted (the scope of tokens).
     """
 
     def __init__(
         self,
         http: HttpClient,
-        reference: Reference,
+        endpoint: Endpoint,
         *,
-        plain_http: bool,
-        config: DockerConfig,
+        credentials: CredentialStore,
+        registry: str | None = None,
+        explicit: Credentials | None = None,
+        token: Secret | None = None,
+        headers: tuple[tuple[str, Secret], ...] = (),
         push: bool = False,
     ) -> None:
         self._http = http
-        self.endpoint = Endpoint.of(reference, plain_http=plain_http)
-        self.name = f"{reference.host}/{reference.repository}"
+        self.endpoint = endpoint
+        self._registry = registry or endpoint.host
+        self.name = f"{self._registry}/{endpoint.repository}"
         actions = "pull,push" if push else "pull"
         self._auth = Authenticator(
-            self.endpoint.base,
-            f"repository:{reference.repository}:{actions}",
-            config.lookup(reference.host),
-            helper=config.helper(reference.host),
+            endpoint.base, f"repository:{endpoint.repository}:{actions}", explicit, token=token
         )
-        self._token_lock = asyncio.Lock()
+        self._store = credentials
+        self._explicit = explicit
+        self._looked_up = False
+        self._trouble: BackendError | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._headers = headers
         self._redirects = RedirectCache()
         self._ignored: dict[str, int] = {}
+
+    def renew(self, *, explicit: Credentials | None = None, token: Secret | None = None) -> None:
+        """Uses these from the next request on, where they are not None; an empty *token* takes it away."""
+        if explicit is not None:
+            self._explicit = explicit
+            self._auth.use(explicit, origin=_GIVEN)
+        if token is not None:
+            self._auth.use_token(token or None)
+
+    async def close(self) -> None:
+        """Ends a renewal that is under way."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.gather(self._renewal, return_exceptions=True)
 
     @asynccontextmanager
     async def send(self, exchange: Exchange, body: BodyFactory | None = None) -> AsyncIterator[Reply]:
         """The final reply to *exchange*: authenticated, redirects followed."""
         refusals = 0
+        forbidden = False
         while True:
             authorization = await self._authorization()
-            reply = await self._http.open(exchange.request(), authorization, body)
+            reply = await self._http.open(exchange.request(), authorization, body, home_headers=self._headers)
             async with reply:
                 step = exchange.on_reply(reply.head)
-                if step is Step.FINAL:
+                # Some registries (ECR) answer credentials that have expired so.
+                expired = reply.head.status == 403 and not forbidden and authorization is not None
+                if step is Step.FINAL and not (expired and exchange.location is None):
                     yield reply
                     return
                 await reply.drain()
+                if step is Step.FINAL:
+                    forbidden = True
+                    if not await self._other_credentials():
+                        yield reply
+                        return
+                    self._auth.forget_token()
             if step is Step.REFUSED:
                 refusals += 1
-                self._auth.refused(authorization, exchange.challenges(), refusals=refusals)
+                await self._refused(authorization, exchange, refusals)
 
     async def manifest(self, target: str) -> bytes:
         """The manifest called *target*, a tag or a digest.
@@ -191,18 +229,94 @@ class RegistryClient:
             self._redirects.drop(digest)
             raise
 
-    async def _authorization(self) -> Secret | None:
-        plan = self._auth.plan(time.monotonic())
-        if isinstance(plan, Ready):
-            return plan.authorization
-        async with self._token_lock:  # one of many waiting requests fetches the token for all
-            while True:
-                plan = self._auth.plan(time.monotonic())
-                if isinstance(plan, Ready):
-                    return plan.authorization
-                await self._fetch_token(plan)
+    # -- authentication -------------------------------------------------------------------------------------
 
-    async def _fetch_token(self, plan: TokenRequest) -> None:
+    async def _authorization(self) -> Secret | None:
+        """What to send now. One token request serves all who wait, and nobody waits for one that is early."""
+        while True:
+            try:
+                plan = self._auth.plan(time.monotonic())
+            except AuthError:
+                if not await self._other_credentials():
+                    raise
+                continue
+            if isinstance(plan, Ready):
+                if plan.renew is not None:
+                    self._renewing()
+                return plan.authorization
+            await asyncio.shield(self._renewing())
+
+    def _renewing(self) -> asyncio.Task[None]:
+        """The token request that is under way, begun if there was none."""
+        if self._renewal is None:
+            self._renewal = asyncio.ensure_future(self._renew_token())
+            self._renewal.add_done_callback(self._renewed)
+        return self._renewal
+
+    def _renewed(self, task: asyncio.Task[None]) -> None:
+        self._renewal = None
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._auth.renewal_failed(time.monotonic())
+        # Those who wait get it as well; ahead of time there may be nobody.
+        _log.info("%s: no new token: %s", self.name, error)
+
+    async def _renew_token(self) -> None:
+        # Nobody waits yet, most of the time: have a look whether the credentials are still the same.
+        if self._looked_up:
+            await self._look_up()
+        while True:
+            plan = self._auth.plan(time.monotonic())
+            request = plan.renew if isinstance(plan, Ready) else plan
+            if request is None:
+                return
+            try:
+                if await self._fetch_token(request):
+                    return
+            except AuthError:
+                if not await self._other_credentials():
+                    raise
+
+    async def _refused(self, used: Secret | None, exchange: Exchange, refusals: int) -> None:
+        """Gets ready for another try after a 401. Raises AuthError when there is nothing to try."""
+        if not self._looked_up:
+            await self._look_up()
+        while True:
+            try:
+                self._auth.refused(used, exchange.challenges(), refusals=refusals, now=time.monotonic())
+            except AuthError as e:
+                if await self._other_credentials():
+                    continue
+                if self._trouble is not None:
+                    raise AuthError(e.message, remedy=str(self._trouble)) from e
+                raise
+            return
+
+    async def _look_up(self) -> bool:
+        """Looks the credentials up, for the first time or again; whether they are other ones than before."""
+        self._looked_up = True
+        if self._explicit is not None:
+            return self._auth.use(self._explicit, origin=_GIVEN)
+        return await self._find(refused=None)
+
+    async def _other_credentials(self) -> bool:
+        """Looks for other credentials than those that were refused; whether there are any."""
+        self._looked_up = True
+        refused = self._auth.credentials
+        if not await self._find(refused=refused):
+            return False
+        if refused == self._explicit:
+            self._explicit = None  # not to come back with the next token
+        return True
+
+    async def _find(self, *, refused: Credentials | None) -> bool:
+        found = await self._store.find(self._registry, self.endpoint.repository, refused=refused)
+        self._trouble = found.trouble
+        if found.credentials is None or found.credentials == self._auth.credentials:
+            return False
+        return self._auth.use(found.credentials, origin=found.origin)
+
+    async def _fetch_token(self, plan: TokenRequest) -> bool:
         headers: tuple[tuple[str, str], ...] = (("Accept-Encoding", "identity"),)
         body: BodyFactory | None = None
         if plan.form is not None:
@@ -211,7 +325,7 @@ class RegistryClient:
         request = Request("GET" if plan.form is None else "POST", plan.url, headers, authorize=True)
         async with await self._http.open(request, plan.authorization, body) as reply:
             data = await reply.read_all(MAX_TOKEN_BODY) if reply.head.status == 200 else b""
-            self._auth.token_reply(plan, reply.head, data, now=time.monotonic(), wall=time.time())
+            return self._auth.token_reply(plan, reply.head, data, now=time.monotonic(), wall=time.time())
 
 
 class Download:

@@ -20,6 +20,8 @@ from virtiofsd_rafs.registry.secret import Secret
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from virtiofsd_rafs.registry.reference import Reference
+
 Scheme = Literal["https", "http"]
 SCHEMES: tuple[Scheme, ...] = ("https", "http")
 
@@ -69,8 +71,9 @@ def split_user(url: str, what: str) -> tuple[str, Secret | None]:
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as e:
-        raise ConfigError(f"{what} is no URL", remedy="write scheme://host[:port]") from e
+    except ValueError:
+        # Without the cause, whose text shows a part of the URL.
+        raise ConfigError(f"{what} is no URL", remedy="write scheme://host[:port]") from None
     if parts.scheme not in SCHEMES or not parts.hostname:
         raise ConfigError(f"{what} is no http(s) URL", remedy="write http://host[:port]")
     user, at, host = parts.netloc.rpartition("@")
@@ -129,21 +132,47 @@ class HttpOptions:
     connect_timeout_s: float = attrs.field(default=DEFAULT_CONNECT_TIMEOUT_S, validator=_positive)
     proxy: ProxyOptions | None = None
 
+    def plus(self, other: HttpOptions) -> HttpOptions:
+        """These options, and what *other* (the command line's) adds to them; its proxy comes first."""
+        return attrs.evolve(
+            self,
+            ca_files=(*self.ca_files, *(f for f in other.ca_files if f not in self.ca_files)),
+            skip_verify=self.skip_verify or other.skip_verify,
+            proxy=other.proxy or self.proxy,
+        )
+
 
 @attrs.frozen(kw_only=True)
 class Mirror:
     """A place that has the same blobs under the same path, asked before the registry itself."""
 
     url: str
-    """``http(s)://host[:port]``, without a user."""
+    """``http(s)://host[:port][/prefix]``, without a user."""
     auth: Secret | None = None
-    """``user:password``."""
+    """``user:password``; None: what config.json has for that host."""
     headers: tuple[tuple[str, Secret], ...] = ()
     """Sent with each request; they may be credentials."""
     ping_url: str = ""
     check_interval_s: float = attrs.field(default=5.0, validator=_positive)
-    failure_limit: int = 5
+    failure_limit: int = 1
     """Failures in a row after which it is left alone until it is well."""
+
+    @classmethod
+    def of(cls, url: str) -> Mirror:
+        """The mirror at *url*, as containerd's hosts.toml writes it, with or without ``/v2`` at its end.
+
+        Raises ConfigError, also for a user in it: there would be no secret place for it.
+        """
+        bare, user = split_user(url if "://" in url else f"https://{url}", "the mirror")
+        parts = urlsplit(bare)
+        if user is not None:
+            raise ConfigError(
+                f"the mirror {parts.netloc} has a user in its URL",
+                remedy="put it under `auths` of config.json",
+            )
+        if parts.query:
+            raise ConfigError(f"the mirror {bare} has a query", remedy="write http(s)://host[:port][/prefix]")
+        return cls(url=bare.rstrip("/").removesuffix("/v2"))
 
 
 @attrs.frozen(kw_only=True)
@@ -159,6 +188,40 @@ class RegistryBackend:
     """A bearer token that is sent as it is."""
     mirrors: tuple[Mirror, ...] = ()
     http: HttpOptions = HttpOptions()
+    auth_file: Path | None = None
+    """Holds the credentials of registries; None: the usual files."""
+
+    def plus(self, access: RegistryAccess) -> RegistryBackend:
+        """This back-end, and what *access* (the command line's) adds to it; its mirrors come first."""
+        return attrs.evolve(
+            self,
+            scheme="http" if access.plain_http else self.scheme,
+            mirrors=(*access.mirrors, *self.mirrors),
+            http=self.http.plus(access.http),
+            auth_file=access.auth_file or self.auth_file,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class RegistryAccess:
+    """How registries are reached, whatever the image."""
+
+    plain_http: bool = False
+    """No TLS. Mirrors say it themselves."""
+    mirrors: tuple[Mirror, ...] = ()
+    http: HttpOptions = HttpOptions()
+    auth_file: Path | None = None
+    """Holds the credentials of registries; None: the usual files."""
+
+    @classmethod
+    def of(cls, access: RegistryAccess | None, *, plain_http: bool) -> RegistryAccess:
+        """*access*, and no TLS if *plain_http* says so."""
+        access = access or cls()
+        return attrs.evolve(access, plain_http=True) if plain_http else access
+
+    def backend(self, reference: Reference) -> RegistryBackend:
+        """Where *reference*'s blobs are."""
+        return RegistryBackend(host=reference.host, repository=reference.repository).plus(self)
 
 
 @attrs.frozen(kw_only=True)

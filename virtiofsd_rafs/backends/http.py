@@ -9,8 +9,11 @@ they were written (a re-quoted signed URL has another signature), and neither co
 from __future__ import annotations
 
 import asyncio
+import base64
+import logging
 import os
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +21,10 @@ import aiohttp
 from yarl import URL
 
 from virtiofsd_rafs import __version__
-from virtiofsd_rafs.backends.config import (
-    DEFAULT_CONNECT_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    TRIES_WITHIN_DEADLINE,
-)
+from virtiofsd_rafs.backends.config import DEFAULT_TIMEOUT_S, TRIES_WITHIN_DEADLINE, HttpOptions
+from virtiofsd_rafs.backends.proxies import Proxies, Proxy
 from virtiofsd_rafs.errors import (
+    AuthError,
     BackendError,
     BackendTimeout,
     BadReply,
@@ -34,22 +35,25 @@ from virtiofsd_rafs.errors import (
 from virtiofsd_rafs.registry.protocol import BodyPlan, ReplyHead, Request, without_query
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
     from types import TracebackType
 
-    from virtiofsd_rafs.backends.config import HttpOptions
+    from virtiofsd_rafs.backends.config import ProxyOptions
     from virtiofsd_rafs.registry.secret import Secret
 
-# Bounds for those who configure nothing, by the names that fit here.
-CONNECT_TIMEOUT_S = DEFAULT_CONNECT_TIMEOUT_S
-PROGRESS_TIMEOUT_S = DEFAULT_TIMEOUT_S
-# What must arrive within each PROGRESS_TIMEOUT_S of a body, less where less time is given: a trickle is no
+_log = logging.getLogger(__name__)
+
+# What must arrive of a body within each default time-out, less where less time is given: a trickle is no
 # progress.
 MIN_PROGRESS = 32 << 10
 # The tiny bodies of redirects and 401 are drained for this long, so that the connection can be used again.
 _DRAIN_S = 0.25
 _DRAIN_MAX = 16 << 10
 _READ_BUFFER = 256 << 10
+
+# Statuses by which a proxy says that it could not get an answer; the server itself may send them, too.
+_PROXY_STATUS = (502, 503, 504)
 
 # What may be sent as a body: called anew for each try.
 BodyFactory = Callable[[], Any]
@@ -59,12 +63,9 @@ class HttpClient:
     """Connections to any number of hosts, at most *connections* at a time.
 
     Args:
-        ca_file: PEM certificates that are trusted beside the system's.
+        options: certificates, whether to check any, a proxy, and time-outs.
         connections: bound for all hosts together.
-        connect_timeout_s: for TCP and TLS together.
-        progress_timeout_s: without (enough) bytes.
-        options: more certificates, whether to check any, and time-outs instead of those above.
-        unix_socket: where to connect to, whatever host a URL names.
+        unix_socket: where to connect to, whatever host a URL names; never through a proxy.
         deadline_s: how long somebody waits for the bytes; shortens both time-outs, so that there is time for
             other tries when a server falls silent.
     """
@@ -72,59 +73,171 @@ class HttpClient:
     def __init__(
         self,
         *,
-        ca_file: Path | None = None,
-        connections: int = 8,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         options: HttpOptions | None = None,
+        connections: int = 8,
         unix_socket: Path | None = None,
         deadline_s: float | None = None,
     ) -> None:
-        self._ca_files = [] if ca_file is None else [ca_file]
-        self._check_certificates = True
-        if options is not None:
-            self._ca_files += options.ca_files
-            self._check_certificates = not options.skip_verify
-            connect_timeout_s, progress_timeout_s = options.connect_timeout_s, options.timeout_s
+        options = options or HttpOptions()
+        self._ca_files = options.ca_files
+        self._check_certificates = not options.skip_verify
+        connect_timeout_s, progress_timeout_s = options.connect_timeout_s, options.timeout_s
         if deadline_s is not None:
             connect_timeout_s = min(connect_timeout_s, deadline_s / TRIES_WITHIN_DEADLINE)
             progress_timeout_s = min(progress_timeout_s, deadline_s / TRIES_WITHIN_DEADLINE)
         self._unix_socket = unix_socket
+        self._proxies = Proxies(options.proxy)
+        self._ping: asyncio.Task[None] | None = None
         self._connections = connections
         self._progress_timeout_s = progress_timeout_s
+        # Through a proxy, sock_connect ends with the connection to the proxy itself.
+        self._proxied_timeout_s = 2 * connect_timeout_s + progress_timeout_s
         self._timeout = aiohttp.ClientTimeout(
             total=None, connect=None, sock_connect=connect_timeout_s, sock_read=progress_timeout_s
         )
         self._session: aiohttp.ClientSession | None = None
         self._tls: ssl.SSLContext | None = None
+        if not self._check_certificates:
+            _log.warning(
+                "CERTIFICATES ARE NOT CHECKED (skip_verify): whoever is on the way to the server can read "
+                "the credentials; only content with a digest is still verified"
+            )
 
     async def open(
-        self, request: Request, authorization: Secret | None, body: BodyFactory | None = None
+        self,
+        request: Request,
+        authorization: Secret | None,
+        body: BodyFactory | None = None,
+        *,
+        home_headers: Iterable[tuple[str, Secret]] = (),
     ) -> Reply:
         """Sends *request*; the reply's body is still to be read. Use it as a context manager.
 
-        Raises Unreachable, BackendTimeout, UntrustedServer, BadReply, or ConfigError for the CA file.
+        *authorization* and *home_headers* go along only if the request may have them. Raises Unreachable,
+        BackendTimeout, UntrustedServer, BadReply, AuthError for a proxy that lets nobody in, or ConfigError
+        for the CA file.
         """
         headers = dict(request.headers)
-        if request.authorize and authorization is not None:
-            headers["Authorization"] = authorization.reveal()
-        where = without_query(request.url)
-        tls = self._tls_context() if request.url.startswith("https:") else True
+        if request.authorize:
+            headers |= {name: value.reveal() for name, value in home_headers}
+            if authorization is not None:
+                headers["Authorization"] = authorization.reveal()
+        proxy = None if self._unix_socket is not None else self._proxies.choose(request.url)
+        now = time.monotonic()
+        if proxy is not None and proxy.ping_due(now):
+            self._start_ping(proxy)
+        if proxy is None or not proxy.usable(now):
+            return await self._send(request, headers, body, None)
+        return await self._send_by(proxy, request, headers, body)
+
+    def set_proxy(self, options: ProxyOptions | None) -> None:
+        """Takes this proxy from the next request on; None: what the environment says."""
+        self._proxies.configure(options)
+
+    async def _send_by(
+        self, proxy: Proxy, request: Request, headers: dict[str, str], body: BodyFactory | None
+    ) -> Reply:
+        """Through *proxy*; straight if that fails, is allowed, and works."""
+        proxy.health.probe()
         try:
-            response = await self._get_session().request(
-                request.method,
-                URL(request.url, encoded=True),
-                headers=headers,
-                data=None if body is None else body(),
-                allow_redirects=False,
-                ssl=tls,
-            )
+            reply = await self._send(request, headers, body, proxy)
+        except BackendError as e:
+            if not proxy.options.fallback:
+                raise
+            if isinstance(e, _ProxyDown):
+                proxy.health.failed(time.monotonic())
+            failed: BackendError | None = e
+        else:
+            # Who failed, the proxy or what is behind it? A straight request tells.
+            if not proxy.options.fallback or reply.head.status not in _PROXY_STATUS:
+                proxy.health.succeeded()
+                return reply
+            async with reply:
+                await reply.drain()
+            failed = None
+        finally:
+            proxy.health.probed()
+        straight = await self._send(request, headers, body, None)
+        if not isinstance(failed, _ProxyDown):
+            proxy.health.failed(time.monotonic())
+        _log.warning(
+            "going straight to the server, %s: %s",
+            f"the proxy {proxy.options.url} rests for {proxy.health.rests_for(time.monotonic()):.0f} s",
+            failed if failed is not None else "it answered for the server, which is well",
+        )
+        return straight
+
+    async def _send(
+        self, request: Request, headers: dict[str, str], body: BodyFactory | None, proxy: Proxy | None
+    ) -> Reply:
+        url, where = request.url, without_query(request.url)
+        through: dict[str, Any] = {}
+        if proxy is not None:
+            options = proxy.options
+            if options.use_http and url.startswith("https:"):
+                url = "http:" + url.removeprefix("https:")
+            through["proxy"] = URL(options.url)
+            where = f"{where} through the proxy {options.url}"
+            if options.auth is not None:
+                value = "Basic " + base64.b64encode(options.auth.reveal().encode()).decode()
+                if url.startswith("https:"):
+                    through["proxy_headers"] = {"Proxy-Authorization": value}
+                else:  # aiohttp sends proxy_headers with CONNECT alone
+                    headers = {**headers, "Proxy-Authorization": value}
+        encrypted = url.startswith("https:") or (proxy is not None and proxy.options.url.startswith("https:"))
+        tls = self._tls_context() if encrypted else True
+        try:
+            async with asyncio.timeout(None if proxy is None else self._proxied_timeout_s):
+                response = await self._get_session().request(
+                    request.method,
+                    URL(url, encoded=True),
+                    headers=headers,
+                    data=None if body is None else body(),
+                    allow_redirects=False,
+                    ssl=tls,
+                    **through,
+                )
+        except aiohttp.ClientHttpProxyError as e:
+            if e.status == 407:
+                raise _proxy_refuses(proxy) from None
+            raise _ProxyDown(f"{where}: it refuses to connect ({e.status})") from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
+            if isinstance(e, aiohttp.ClientProxyConnectionError):
+                why = os.strerror(e.errno) if e.errno else "it cannot be reached"
+                raise _ProxyDown(
+                    f"{where}: no connection: {why}", remedy="does the proxy run at that address?"
+                ) from e
             raise _translate(e, where) from e
+        if proxy is not None and response.status == 407:
+            response.release()
+            raise _proxy_refuses(proxy)
         return Reply(response, where, self._progress_timeout_s)
+
+    def _start_ping(self, proxy: Proxy) -> None:
+        if self._ping is None or self._ping.done():
+            proxy.health.probe()
+            self._ping = asyncio.ensure_future(self._send_ping(proxy))
+
+    async def _send_ping(self, proxy: Proxy) -> None:
+        """Finds out whether *proxy* is well again, while requests go straight."""
+        url = proxy.options.ping_url
+        try:
+            async with await self._send(Request("GET", url, (), authorize=False), {}, None, None) as reply:
+                if reply.head.status < 500:
+                    proxy.health.succeeded()
+                    _log.info("the proxy %s is well again", proxy.options.url)
+                else:
+                    proxy.health.failed(time.monotonic())
+        except BackendError:
+            proxy.health.failed(time.monotonic())
+        finally:
+            proxy.health.probed()
 
     async def close(self) -> None:
         """Closes all connections."""
+        if self._ping is not None:
+            self._ping.cancel()
+            await asyncio.gather(self._ping, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -191,7 +304,7 @@ class Reply:
         """
         content = self._response.content
         loop = asyncio.get_running_loop()
-        least = max(1, int(MIN_PROGRESS * min(1.0, self._progress_timeout_s / PROGRESS_TIMEOUT_S)))
+        least = max(1, int(MIN_PROGRESS * min(1.0, self._progress_timeout_s / DEFAULT_TIMEOUT_S)))
         got, mark = 0, least
         end = loop.time() + self._progress_timeout_s
         while True:
@@ -272,6 +385,21 @@ class Reply:
                 await self._response.content.readexactly(length)
         except (aiohttp.ClientError, asyncio.IncompleteReadError, TimeoutError, OSError):
             return
+
+
+class _ProxyDown(Unreachable):
+    """The proxy is to blame, and not what is behind it."""
+
+
+def _proxy_refuses(proxy: Proxy | None) -> AuthError:
+    shown = "" if proxy is None else f" {proxy.options.url}"
+    given = (
+        "refuses the user and password" if proxy and proxy.options.auth else "asks for a user and a password"
+    )
+    return AuthError(
+        f"the proxy{shown} {given} (407)",
+        remedy="put them into the proxy's URL, in the environment or in the configuration",
+    )
 
 
 def _translate(error: Exception, where: str) -> BackendError:

@@ -97,9 +97,8 @@ class HttpProxySource(ObjectSource):
 
     def __init__(self, backend: HttpProxyBackend, config: SourceConfig) -> None:
         http = HttpClient(
-            ca_file=config.ca_file,
+            options=backend.http.plus(config.access.http),
             connections=config.connections,
-            options=backend.http,
             deadline_s=config.io_deadline_s,
             unix_socket=None if backend.is_url else Path(backend.addr),
         )

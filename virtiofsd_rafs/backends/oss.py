@@ -131,9 +131,8 @@ def oss_source(
 ) -> ObjectSource:
     """A BlobSource over the bucket of *backend*."""
     http = HttpClient(
-        ca_file=config.ca_file,
+        options=backend.http.plus(config.access.http),
         connections=config.connections,
-        options=backend.http,
         deadline_s=config.io_deadline_s,
     )
     return ObjectSource(OssSigner(backend, reload=reload), http)

@@ -249,9 +249,8 @@ def s3_source(
 ) -> ObjectSource:
     """A BlobSource over the bucket of *backend*. Raises ConfigError without the extra's packages."""
     http = HttpClient(
-        ca_file=config.ca_file,
+        options=backend.http.plus(config.access.http),
         connections=config.connections,
-        options=backend.http,
         deadline_s=config.io_deadline_s,
     )
     return ObjectSource(S3Signer(backend, reload=reload), http)

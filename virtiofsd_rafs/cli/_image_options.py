@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from virtiofsd_rafs.cli._registry_options import registry_options
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from virtiofsd_rafs.cli._registry_options import Command
 
 # Somebody looks at the terminal and can try again: long enough for a registry that restarts, no longer.
 ONE_SHOT_DEADLINE_S = 20.0
-
-F = TypeVar("F", bound="Callable[..., object]")
 
 _OPTIONS = (
     click.option(
@@ -33,17 +33,12 @@ _OPTIONS = (
         show_default=True,
         help="When to ask the registry what a tag names.",
     ),
-    click.option("--plain-http", is_flag=True, help="Speak http instead of https."),
-    click.option(
-        "--ca-file",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="PEM certificates to trust beside the system's.",
-    ),
 )
 
 
-def image_options(command: F) -> F:
+def image_options(command: Command) -> Command:
     """Adds the options to *command*; their names are those of resolve_image's arguments."""
+    command = registry_options(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

@@ -11,6 +11,7 @@ from virtiofsd_rafs.cli._image_options import ONE_SHOT_DEADLINE_S, image_options
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.image.check import Report
 
 
@@ -26,8 +27,7 @@ def check(
     blob_dir: Path | None,
     cache_dir: Path | None,
     pull: Literal["missing", "always", "never"],
-    plain_http: bool,
-    ca_file: Path | None,
+    access: RegistryAccess | None,
     metadata_only: bool,
     as_json: bool,
 ) -> None:
@@ -51,8 +51,7 @@ def check(
             blob_dir=blob_dir,
             cache_dir=cache_dir,
             pull=pull,
-            plain_http=plain_http,
-            ca_file=ca_file,
+            access=access,
             metadata_only=metadata_only,
             deadline=ONE_SHOT_DEADLINE_S,
         )

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from virtiofsd_rafs.backends.config import RegistryAccess
+
 
 @click.command()
 @click.argument("image")
@@ -25,8 +27,7 @@ def inspect(
     blob_dir: Path | None,
     cache_dir: Path | None,
     pull: Literal["missing", "always", "never"],
-    plain_http: bool,
-    ca_file: Path | None,
+    access: RegistryAccess | None,
     as_json: bool,
     as_dump: bool,
 ) -> None:
@@ -53,8 +54,7 @@ def inspect(
             cache_dir=cache_dir,
             blob_dir=blob_dir,
             pull=pull,
-            plain_http=plain_http,
-            ca_file=ca_file,
+            access=access,
             deadline=ONE_SHOT_DEADLINE_S,
         )
     )

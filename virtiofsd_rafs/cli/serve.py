@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from virtiofsd_rafs.cli._params import Size, format_size
+from virtiofsd_rafs.cli._registry_options import registry_options
 from virtiofsd_rafs.config import (
     DEFAULT_AMPLIFY,
     DEFAULT_CONNECTIONS,
@@ -23,6 +25,9 @@ from virtiofsd_rafs.config import (
     default_api_socket,
     default_cache_dir,
 )
+
+if TYPE_CHECKING:
+    from virtiofsd_rafs.backends.config import RegistryAccess
 
 _PATH = click.Path(path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -51,8 +56,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=True,
     help="When to ask the registry what a tag means: missing starts a known tag without asking.",
 )
-@click.option("--plain-http", is_flag=True, help="Speak HTTP without TLS to the registry.")
-@click.option("--ca-file", type=_FILE, help="Trust the certificates in this PEM file.")
+@registry_options
 @click.option(
     "--allow-unverified", is_flag=True, help="Serve images that lack digests for some of their data."
 )
@@ -116,8 +120,6 @@ def serve(
     no_cache: bool,
     blob_dir: Path | None,
     pull: str,
-    plain_http: bool,
-    ca_file: Path | None,
     allow_unverified: bool,
     io_deadline: float,
     amplify: int,
@@ -129,6 +131,7 @@ def serve(
     spill_size: int,
     keep: bool,
     log_level: str,
+    access: RegistryAccess | None,
 ) -> None:
     """Serve IMAGE to one VM over vhost-user until the VM ends.
 
@@ -145,8 +148,7 @@ def serve(
         blob_dir=blob_dir,
         pull=pull,  # type: ignore[arg-type]  # click has checked the choice
         io_deadline_s=io_deadline,
-        plain_http=plain_http,
-        ca_file=ca_file,
+        registry=access,
         allow_unverified=allow_unverified,
         log_level=log_level,  # type: ignore[arg-type]  # click has checked the choice
         keep=keep,

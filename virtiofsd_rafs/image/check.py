@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from virtiofsd_rafs.backends.config import RegistryAccess
 from virtiofsd_rafs.backends.retry import with_retries
 from virtiofsd_rafs.blob import c_blob, codecs
 from virtiofsd_rafs.blob.chunk_info import unpack_section
@@ -183,8 +184,7 @@ async def check_image(
     blob_dir: Path | None = None,
     cache_dir: Path | None = None,
     pull: Pull = "missing",
-    plain_http: bool = False,
-    ca_file: Path | None = None,
+    access: RegistryAccess | None = None,
     metadata_only: bool = False,
     deadline: float = _DEADLINE_S,
 ) -> None:
@@ -204,14 +204,13 @@ async def check_image(
         cache_dir=cache_dir,
         blob_dir=blob_dir,
         pull=pull,
-        plain_http=plain_http,
-        ca_file=ca_file,
+        access=access,
         deadline=deadline,
     )
     opened = check_bootstrap(resolved.bootstrap, report)
     if opened is None or metadata_only:
         return
-    source = open_source(resolved, _SourceOptions(plain_http=plain_http, ca_file=ca_file))
+    source = open_source(resolved, _SourceOptions(access=access or RegistryAccess()))
     try:
         for chunk_map in opened[1]:
             blob_id = chunk_map.blob.blob_id
@@ -242,8 +241,7 @@ def _reader(source: BlobSource, blob_id: str) -> Read:
 
 @attrs.frozen
 class _SourceOptions:
-    plain_http: bool
-    ca_file: Path | None
+    access: RegistryAccess
     connections: int = 2
     io_deadline_s: float = _DEADLINE_S
 

@@ -7,18 +7,18 @@ import io
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from virtiofsd_rafs.backends.client import Download, RegistryClient
-from virtiofsd_rafs.backends.credentials import load_docker_config
-from virtiofsd_rafs.backends.http import HttpClient
+from virtiofsd_rafs.backends.client import Download
+from virtiofsd_rafs.backends.mirrors import MirroredRegistry
 from virtiofsd_rafs.backends.retry import with_retries
 from virtiofsd_rafs.image.layer_store import store_layer, stored_layer
 from virtiofsd_rafs.registry.manifest import MAX_MANIFEST_LEN, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
     from types import TracebackType
 
+    from virtiofsd_rafs.backends.client import RegistryClient
+    from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.image.content import ContentStore
     from virtiofsd_rafs.image.layer import LayerFiles
     from virtiofsd_rafs.registry.manifest import Descriptor
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class RemoteContent:
-    """Content from the store, and from the registry what is not there.
+    """Content from the store, and from the registry or a mirror what is not there.
 
     A context manager: it holds connections.
     """
@@ -38,18 +38,14 @@ class RemoteContent:
         store: ContentStore,
         reference: Reference,
         *,
-        plain_http: bool,
-        ca_file: Path | None,
+        access: RegistryAccess,
         deadline_s: float,
     ) -> None:
         self._store = store
         self._reference = reference
         self._end = time.monotonic() + deadline_s
         self._fresh: tuple[str, bytes] | None = None
-        self._http = HttpClient(ca_file=ca_file, deadline_s=deadline_s)
-        self._client = RegistryClient(
-            self._http, reference, plain_http=plain_http, config=load_docker_config()
-        )
+        self._registry = MirroredRegistry(access.backend(reference), deadline_s=deadline_s)
 
     async def __aenter__(self) -> RemoteContent:
         return self
@@ -57,13 +53,13 @@ class RemoteContent:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.close()
+        await self._registry.close()
 
     async def digest_of_tag(self) -> str:
         """The digest of what the reference's tag names now; the manifest itself is kept for ``manifest``."""
         tag = self._reference.tag
         assert tag is not None
-        data = await self._retry(lambda: self._client.manifest(tag), str(self._reference))
+        data = await self._retry(lambda client: client.manifest(tag), tag, str(self._reference))
         digest = digest_of(data)
         self._fresh = (digest, data)
         self._store.put(digest, data)
@@ -77,7 +73,7 @@ class RemoteContent:
         if known is not None:
             return known
 
-        data = await self._retry(lambda: self._client.manifest(digest), f"manifest {digest}")
+        data = await self._retry(lambda client: client.manifest(digest), digest, f"manifest {digest}")
         self._store.put(digest, data)
         return data
 
@@ -88,12 +84,17 @@ class RemoteContent:
             return known
         sink = _Memory()
         download = Download(descriptor, sink)
-        await self._retry(lambda: self._client.download(download), f"bootstrap layer {descriptor.digest}")
+        digest = descriptor.digest
+        await self._retry(lambda client: client.download(download), digest, f"bootstrap layer {digest}")
         # Inflating and syncing a large one takes long enough to starve whatever else runs in the loop.
         return await asyncio.to_thread(store_layer, self._store, descriptor, sink.getvalue())
 
-    async def _retry(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
+    async def _retry(self, work: Callable[[RegistryClient], Awaitable[T]], key: str, what: str) -> T:
         """One deadline for all steps. It ends the trying again, not a transfer that makes progress."""
+
+        def attempt() -> Awaitable[T]:
+            return self._registry.call(work, key=key)
+
         return await with_retries(attempt, deadline_s=self._end - time.monotonic(), what=what)
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from virtiofsd_rafs.backends.config import RegistryAccess
 from virtiofsd_rafs.errors import ConfigError
 from virtiofsd_rafs.image.assemble import assemble
 from virtiofsd_rafs.image.upload import Pusher
@@ -26,7 +27,7 @@ async def push_image(
     reference: str,
     *,
     plain_http: bool = False,
-    ca_file: Path | None = None,
+    access: RegistryAccess | None = None,
     deadline: float = 90.0,
     progress: Callable[[str], None] | None = None,
 ) -> str:
@@ -36,7 +37,7 @@ async def push_image(
         out: output directory of a build.
         reference: ``host/repository[:tag]``.
         plain_http: no TLS.
-        ca_file: PEM certificates to trust beside the system's.
+        access: how else to reach the registry; mirrors get nothing.
         deadline: seconds to try one blob again in while the registry is away.
         progress: told one line per step.
 
@@ -49,7 +50,8 @@ async def push_image(
         raise ConfigError("a push cannot choose its digest", remedy="write host/repository:tag")
     parts = await asyncio.to_thread(assemble, out)
     say = progress or _log.info
-    async with Pusher(target, plain_http=plain_http, ca_file=ca_file, deadline_s=deadline) as pusher:
+    access = RegistryAccess.of(access, plain_http=plain_http)
+    async with Pusher(target, access=access, deadline_s=deadline) as pusher:
         for upload in parts.uploads:
             known = await pusher.push_blob(upload)
             say(f"{upload.digest} {upload.size} bytes: {'already there' if known else 'pushed'}")

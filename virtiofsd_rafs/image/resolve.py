@@ -35,6 +35,7 @@ from virtiofsd_rafs.registry.reference import Reference, parse_reference
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.image.layer import LayerFiles
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ async def resolve_image(
     blob_dir: Path | None,
     pull: Pull = "missing",
     plain_http: bool = False,
-    ca_file: Path | None = None,
+    access: RegistryAccess | None = None,
     deadline: float = 90.0,
 ) -> ResolvedImage:
     """The image that *image* names.
@@ -86,7 +87,8 @@ async def resolve_image(
         pull: ``missing`` asks the registry for what is not in the cache, ``always`` asks what the tag names
             now, ``never`` asks nothing. As docker's.
         plain_http: no TLS.
-        ca_file: PEM certificates to trust beside the system's.
+        access: how else to reach the registry, and its mirrors. A mirror is asked for a tag as well, and
+            decides what the tag names then; a reference with a digest decides that itself.
         deadline: seconds to try again in while the registry is away. What trying again cannot cure ends at
             once.
 
@@ -114,11 +116,11 @@ async def resolve_image(
             f"{reference} is not in the cache, and --pull=never forbids to ask for it",
             remedy="use --pull=missing, or check --cache-dir",
         )
+    from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.image.pull import RemoteContent
 
-    async with RemoteContent(
-        store, reference, plain_http=plain_http, ca_file=ca_file, deadline_s=deadline
-    ) as remote:
+    access = RegistryAccess.of(access, plain_http=plain_http)
+    async with RemoteContent(store, reference, access=access, deadline_s=deadline) as remote:
         walk = _Walk(reference, remote)
         if pull == "missing" and known is not None:
             # Damaged or cleared content of a known tag: what it named stays what it names.

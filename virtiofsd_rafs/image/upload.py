@@ -7,19 +7,19 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from virtiofsd_rafs.backends.client import RegistryClient
-from virtiofsd_rafs.backends.credentials import load_docker_config
+from virtiofsd_rafs.backends.credentials import CredentialStore
 from virtiofsd_rafs.backends.http import HttpClient
 from virtiofsd_rafs.backends.retry import with_retries
 from virtiofsd_rafs.errors import AuthError, BadReply
 from virtiofsd_rafs.registry.manifest import OCI_MANIFEST
-from virtiofsd_rafs.registry.protocol import Exchange, check_ok
+from virtiofsd_rafs.registry.protocol import Endpoint, Exchange, check_ok
 from virtiofsd_rafs.registry.upload import closing_url, upload_location
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
     from types import TracebackType
 
+    from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.image.assemble import Upload
     from virtiofsd_rafs.registry.reference import Reference
 
@@ -36,16 +36,20 @@ class Pusher:
         self,
         reference: Reference,
         *,
-        plain_http: bool,
-        ca_file: Path | None,
+        access: RegistryAccess,
         deadline_s: float,
         piece: int = PIECE,
     ) -> None:
         self._deadline_s = deadline_s
         self._piece = piece
-        self._http = HttpClient(ca_file=ca_file)
+        self._credentials = CredentialStore(access.auth_file)
+        self._http = HttpClient(options=access.http)
         self._client = RegistryClient(
-            self._http, reference, plain_http=plain_http, config=load_docker_config(), push=True
+            self._http,
+            Endpoint.of(reference, plain_http=access.plain_http),
+            credentials=self._credentials,
+            registry=reference.host,
+            push=True,
         )
 
     async def __aenter__(self) -> Pusher:
@@ -54,6 +58,8 @@ class Pusher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._client.close()
+        await self._credentials.close()
         await self._http.close()
 
     async def push_blob(self, upload: Upload) -> bool:

@@ -5,6 +5,10 @@ An ``Authenticator`` is asked ``plan(now)`` before each request: it answers with
 token request to make first. After a 401 it gets ``refused(...)``, and is asked again. Anonymous comes first
 always: credentials are sent only after the registry asked for them, and only in the way that it asked for.
 
+A token is renewed while it is still good: ``plan`` then answers with the header *and* with the token request
+that may run beside the request, so that nobody waits for it. Credentials that were refused are not sent again
+for a while, unless they change: directories lock accounts after a few wrong passwords.
+
 Source: distribution-spec "Authentication"; docker's token protocol (distribution, docs/spec/auth/token.md and
 oauth.md).
 """
@@ -20,13 +24,11 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import attrs
 
-from virtiofsd_rafs.errors import AuthError, BadReply
+from virtiofsd_rafs.errors import AuthError, BadReply, ConfigError
 from virtiofsd_rafs.registry.protocol import ReplyHead, check_ok, origin, without_query
 from virtiofsd_rafs.registry.secret import Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from virtiofsd_rafs.registry.challenge import Challenge
 
 CLIENT_ID = "virtiofsd-rafs"
@@ -34,8 +36,16 @@ CLIENT_ID = "virtiofsd-rafs"
 MAX_TOKEN_BODY = 1 << 20
 # The token protocol's default when expires_in is missing.
 DEFAULT_TOKEN_TTL_S = 60.0
-# A token is renewed this long before it ends, at most a quarter of its life.
-RENEW_AHEAD_S = 20.0
+# Shorter lives are no lives: each request would be two.
+MIN_TOKEN_TTL_S = 1.0
+# A token is renewed this long before it ends, at most a third of its life: time enough for some tries.
+RENEW_AHEAD_S = 60.0
+# A renewal ahead of time that failed is tried again after this long, at most a tenth of the token's life.
+RENEW_PAUSE_S = 2.0
+# A token is no longer sent this long before it ends (it has to travel), at most a tenth of its life.
+LAST_USE_S = 2.0
+# How long refused credentials are not sent again.
+REFUSED_PAUSE_S = 10.0
 # How often one request may be refused with 401: the anonymous try, an expired token, the race after a
 # renewal.
 MAX_REFUSALS = 3
@@ -47,7 +57,7 @@ _LOGIN = (
 
 @attrs.frozen
 class Credentials:
-    """What config.json holds for one registry: a password or an identity token (OAuth2 refresh token)."""
+    """What there is for one registry: a password, or an identity token (OAuth2 refresh token)."""
 
     username: str
     password: Secret
@@ -57,6 +67,21 @@ class Credentials:
         """The value of a basic Authorization header."""
         pair = f"{self.username}:{self.password.reveal()}".encode()
         return Secret("Basic " + base64.b64encode(pair).decode())
+
+
+def credentials_of(auth: Secret, what: str) -> Credentials:
+    """The credentials in *auth*, the base64 of ``user:password``; *what* names them in the error.
+
+    Raises ConfigError, which never shows them.
+    """
+    try:
+        username, colon, password = base64.b64decode(auth.reveal(), validate=True).decode().partition(":")
+    except ValueError:
+        colon = username = password = ""
+    if not colon:
+        # Without the cause: its text could show a part of the value.
+        raise ConfigError(f"{what} is no base64 of user:password", remedy="write what `docker login` writes")
+    return Credentials(username, Secret(password.rstrip("\0")))
 
 
 @attrs.frozen
@@ -78,6 +103,8 @@ class Ready:
     """Send the request with this Authorization (None: without)."""
 
     authorization: Secret | None
+    renew: TokenRequest | None = None
+    """To be made beside it: the token ends soon."""
 
 
 class Authenticator:
@@ -86,86 +113,144 @@ class Authenticator:
     Args:
         endpoint_url: any URL of the registry, for its scheme and for messages.
         scope: ``repository:<name>:pull`` or ``...:pull,push``.
-        credentials: what the user has for this registry, or None.
-        helper: name of a credential helper that config.json wants asked; only for the message.
+        credentials: what the user has for this registry, or None; see also ``use``.
+        token: a bearer token that is sent from the first request on, until it is refused.
     """
 
     def __init__(
-        self, endpoint_url: str, scope: str, credentials: Credentials | None, *, helper: str | None = None
+        self,
+        endpoint_url: str,
+        scope: str,
+        credentials: Credentials | None = None,
+        *,
+        token: Secret | None = None,
     ) -> None:
         self._scheme, self._host, _ = origin(endpoint_url)
         self._scope = scope
         self._credentials = credentials
-        self._helper = helper
+        self._origin = ""
+        self._given_token = token
         self._mode: str | None = None
         self._realm = ""
         self._service = ""
         self._scopes: tuple[str, ...] = (scope,)
         self._token: Secret | None = None
         self._renew_at = 0.0
+        self._last_use = 0.0
         self._form_works = True
+        self._refusal: AuthError | None = None
+        self._refused_until = 0.0
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """What is used now."""
+        return self._credentials
+
+    def use(self, credentials: Credentials | None, *, origin: str = "") -> bool:
+        """Uses *credentials*, which *origin* (for messages) gave, from now on; whether they are new.
+
+        A token that was had with others stays good until it is refused.
+        """
+        self._origin = origin
+        if credentials == self._credentials:
+            return False
+        self._credentials = credentials
+        self._refusal = None
+        self._form_works = True
+        if self._mode == "basic" and credentials is None:
+            self._mode = None
+        return True
+
+    def use_token(self, token: Secret | None) -> None:
+        """Sends *token* as it is from now on; None: no longer."""
+        self._given_token = token
+        self._refusal = None
 
     def plan(self, now: float) -> Ready | TokenRequest:
-        """What to do before the next request at *now* (seconds of any steady clock)."""
+        """What to do before the next request at *now* (seconds of any steady clock).
+
+        Raises AuthError while refused credentials are not sent again.
+        """
+        if self._given_token is not None:
+            return Ready(Secret(f"Bearer {self._given_token.reveal()}"))
+        if self._mode == "bearer" and self._token is not None and now < self._last_use:
+            return Ready(self._token, None if now < self._renew_at else self._token_request())
+        if self._refusal is not None and now < self._refused_until:
+            raise self._refusal
         if self._mode == "basic" and self._credentials is not None:
             return Ready(self._credentials.basic())
-        if self._mode == "bearer":
-            if self._token is not None and now < self._renew_at:
-                return Ready(self._token)
-            return self._token_request()
-        return Ready(None)
+        return self._token_request() if self._mode == "bearer" else Ready(None)
 
-    def refused(self, used: Secret | None, challenges: list[Challenge], *, refusals: int) -> None:
+    def renewal_failed(self, now: float) -> None:
+        """A renewal ahead of time did not work at *now*: the next one has to wait."""
+        self._renew_at = now + min(RENEW_PAUSE_S, (self._last_use - now) / 3)
+
+    def refused(
+        self, used: Secret | None, challenges: list[Challenge], *, refusals: int, now: float = 0.0
+    ) -> None:
         """Takes note of a 401 for a request that carried *used*; *refusals* counts them for this request,
         from 1.
 
-        Raises AuthError when asking again would not help.
+        Raises AuthError when asking again would not help, unless ``use`` brings other credentials.
         """
         offered = {c.scheme: c for c in reversed(challenges)}
+        if used is not None and self._given_token is not None:
+            if used.reveal() == f"Bearer {self._given_token.reveal()}":
+                self._given_token = None
+            if not offered:
+                raise self.refusal("it refuses the token that it was given")
         if refusals >= MAX_REFUSALS:
-            raise self._hopeless("it refuses what it was given")
+            raise self.refusal("it refuses what it was given")
         if "bearer" in offered:
             self._take_bearer(offered["bearer"], used)
         elif "basic" in offered:
             if self._credentials is None or not self._credentials.password:
-                raise self._hopeless("it asks for a user and a password")
+                raise self.refusal("it asks for a user and a password")
             if used == self._credentials.basic():
-                raise self._hopeless("it refuses the user and password")
+                raise self._not_again("it refuses the user and password", now)
             self._mode = "basic"
         else:
             schemes = ", ".join(sorted(offered)) or "none"
-            raise self._hopeless(f"it offers no way that is known here (offered: {schemes})")
+            raise self.refusal(f"it offers no way that is known here (offered: {schemes})")
 
     def token_reply(
         self, request: TokenRequest, head: ReplyHead, body: bytes, *, now: float, wall: float
-    ) -> None:
-        """Keeps the token in *body*. *now*: the clock of ``plan``; *wall*: seconds since the epoch.
+    ) -> bool:
+        """Keeps the token in *body*, and returns whether there was one: else ``plan`` knows another request.
 
+        *now*: the clock of ``plan``; *wall*: seconds since the epoch.
         Raises AuthError, Throttled, Unreachable or BadReply, by status and body.
         """
         if request.form is not None and head.status in (404, 405):
             # Not every token service has the OAuth2 form; the identity token is then good for nothing, but
             # an account with a password as well still is.
             self._form_works = False
-            return
+            return False
         if head.status in (400, 401, 403):
-            raise self._hopeless(f"its token service {request.where} refuses ({head.status})")
+            raise self._not_again(f"its token service {request.where} refuses ({head.status})", now)
         check_ok(head, (200,), f"token service {request.where}", now=wall)
         reply = _json_object(body, f"token service {request.where}")
         token = reply.get("token") or reply.get("access_token")
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
             raise BadReply(f"token service {request.where} sent no usable token")
         ttl = _token_ttl(reply, wall)
+        self._refusal = None
         self._token = Secret(f"Bearer {token}")
-        self._renew_at = now + ttl - min(RENEW_AHEAD_S, ttl / 4)
+        self._renew_at = now + ttl - min(RENEW_AHEAD_S, ttl / 3)
+        self._last_use = now + ttl - min(LAST_USE_S, ttl / 10)
+        return True
+
+    def forget_token(self) -> None:
+        """The token is of no use, although it was not refused as such."""
+        self._token = None
 
     def _take_bearer(self, challenge: Challenge, used: Secret | None) -> None:
         realm = challenge.params.get("realm", "")
         scheme, _, _ = origin(realm)
         if scheme != "https" and self._scheme == "https":
-            raise self._hopeless(f"its token service {without_query(realm)} is not encrypted")
+            raise self.refusal(f"its token service {without_query(realm)} is not encrypted")
         if "@" in urlsplit(realm).netloc:
-            raise self._hopeless("its token service has a user name in its URL")
+            raise self.refusal("its token service has a user name in its URL")
         self._mode = "bearer"
         self._realm, self._service = realm, challenge.params.get("service", "")
         asked = challenge.params.get("scope", "")
@@ -193,86 +278,15 @@ class Authenticator:
         joiner = "&" if urlsplit(self._realm).query else "?"
         return TokenRequest(f"{self._realm}{joiner}{urlencode(query, quote_via=quote)}", authorization, None)
 
-    def _hopeless(self, why: str) -> AuthError:
-        remedy = _LOGIN
-        if self._helper:
-            remedy = (
-                f"config.json names the credential helper {self._helper!r}, which is not asked; "
-                "put the registry under `auths`"
-            )
-        return AuthError(f"{self._host} does not let us in: {why}", remedy=remedy)
+    def _not_again(self, why: str, now: float) -> AuthError:
+        self._refusal = self.refusal(why)
+        self._refused_until = now + REFUSED_PAUSE_S
+        return self._refusal
 
-
-@attrs.frozen
-class DockerConfig:
-    """The part of docker's config.json that concerns registries."""
-
-    auths: Mapping[str, Credentials] = attrs.field(factory=dict)
-    helpers: Mapping[str, str] = attrs.field(factory=dict)
-    default_helper: str | None = None
-
-    def lookup(self, host: str) -> Credentials | None:
-        """The credentials for the registry *host*, as ``Reference.host`` names it."""
-        return self.auths.get(_config_host(host))
-
-    def helper(self, host: str) -> str | None:
-        """The credential helper that *host* would be asked from."""
-        return self.helpers.get(_config_host(host)) or self.default_helper
-
-
-def parse_docker_config(data: bytes) -> DockerConfig:
-    """The registries in a config.json. Entries without credentials (``{}``) count as none.
-
-    Raises AuthError when it is no JSON object or an ``auth`` is no base64 of user:password. The message never
-    shows the value.
-    """
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise AuthError("docker's config.json is no JSON", remedy="mend it, or log in again") from e
-    if not isinstance(config, dict):
-        raise AuthError("docker's config.json is no JSON object", remedy="mend it, or log in again")
-    auths: dict[str, Credentials] = {}
-    for name, entry in _object(config.get("auths")).items():
-        credentials = _credentials(name, _object(entry))
-        if credentials is not None:
-            # The first spelling of a host wins, as for docker.
-            auths.setdefault(_config_host(name), credentials)
-    helpers = {
-        _config_host(k): v for k, v in _object(config.get("credHelpers")).items() if isinstance(v, str)
-    }
-    store = config.get("credsStore")
-    return DockerConfig(auths, helpers, store if isinstance(store, str) and store else None)
-
-
-def _credentials(name: str, entry: dict[str, Any]) -> Credentials | None:
-    username, password = _text(entry.get("username")), _text(entry.get("password"))
-    auth = _text(entry.get("auth"))
-    if auth:
-        try:
-            username, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
-        except ValueError as e:
-            raise _bad_entry(name) from e
-        if not colon:
-            raise _bad_entry(name)
-        password = password.rstrip("\0")
-    identity = _text(entry.get("identitytoken"))
-    if not password and not identity:
-        return None
-    return Credentials(username, Secret(password), Secret(identity) if identity else None)
-
-
-def _bad_entry(name: str) -> AuthError:
-    return AuthError(
-        f"docker's config.json: `auth` of {without_query('//' + name)[2:]!r} is no base64 of user:password",
-        remedy="log in again",
-    )
-
-
-def _config_host(name: str) -> str:
-    """config.json's keys are hosts or URLs; Docker Hub's is ``https://index.docker.io/v1/``."""
-    host = re.sub(r"^https?://", "", name.strip().lower()).partition("/")[0]
-    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
+    def refusal(self, why: str) -> AuthError:
+        """The error that says so, and where the credentials came from."""
+        had = f" (they come from {self._origin})" if self._origin and self._credentials is not None else ""
+        return AuthError(f"{self._host} does not let us in: {why}{had}", remedy=_LOGIN)
 
 
 def _token_ttl(reply: dict[str, Any], wall: float) -> float:
@@ -288,7 +302,7 @@ def _token_ttl(reply: dict[str, Any], wall: float) -> float:
         # than its life tells nothing.
         if 0 < age < seconds:
             seconds -= age
-    return seconds
+    return max(seconds, MIN_TOKEN_TTL_S)
 
 
 def _json_object(body: bytes, what: str) -> dict[str, Any]:
@@ -299,11 +313,3 @@ def _json_object(body: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadReply(f"{what} sent no JSON object")
     return value
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""

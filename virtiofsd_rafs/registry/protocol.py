@@ -87,11 +87,17 @@ class ReplyHead:
 
 @attrs.frozen
 class Endpoint:
-    """Where a repository's API is, and whether unencrypted hops were allowed by the user."""
+    """Where a repository's API is, and whether unencrypted hops were allowed by the user.
+
+    ``prefix`` (``/a/b``) stands in front of ``/v2``; ``namespace`` is the registry that a mirror stands for,
+    which it is told with each request.
+    """
 
     host: str
     repository: str
     plain_http: bool = False
+    prefix: str = ""
+    namespace: str = ""
 
     @classmethod
     def of(cls, reference: Reference, *, plain_http: bool) -> Endpoint:
@@ -102,19 +108,24 @@ class Endpoint:
     def base(self) -> str:
         """``scheme://host/v2/repo``."""
         scheme = "http" if self.plain_http else "https"
-        return f"{scheme}://{self.host}/v2/{self.repository}"
+        return f"{scheme}://{self.host}{self.prefix}/v2/{self.repository}"
 
     def manifest_url(self, target: str) -> str:
         """The manifest called *target*, a tag or a digest."""
-        return f"{self.base}/manifests/{quote(target, safe=':')}"
+        return f"{self.base}/manifests/{quote(target, safe=':')}{self._query}"
 
     def blob_url(self, digest: str) -> str:
         """The blob *digest* (``sha256:hex``)."""
-        return f"{self.base}/blobs/{digest}"
+        return f"{self.base}/blobs/{digest}{self._query}"
 
     def uploads_url(self) -> str:
         """Where an upload begins."""
         return f"{self.base}/blobs/uploads/"
+
+    @property
+    def _query(self) -> str:
+        # As containerd does it: a mirror of many registries (Spegel, Harbor, a P2P agent) has to know which.
+        return f"?ns={quote(self.namespace, safe='')}" if self.namespace else ""
 
 
 @attrs.frozen

@@ -27,6 +27,11 @@ _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_NAME_LEN = 255
 
 
+def api_host(host: str) -> str:
+    """The ``host[:port]`` that serves ``/v2/`` for the registry *host*."""
+    return _API_HOSTS.get(host, host)
+
+
 def is_sha256(digest: str) -> bool:
     """Whether *digest* is ``sha256:`` and 64 lower-case hex digits, the only form that is verified here."""
     return _SHA256.fullmatch(digest) is not None
@@ -44,7 +49,7 @@ class Reference:
     @property
     def api_host(self) -> str:
         """The ``host[:port]`` that serves ``/v2/``."""
-        return _API_HOSTS.get(self.host, self.host)
+        return api_host(self.host)
 
     @property
     def target(self) -> str:

@@ -197,7 +197,7 @@ class Mounter:
             blob_dir=config.blob_dir,
             pull=pull,
             plain_http=config.plain_http,
-            ca_file=config.ca_file,
+            access=config.registry,
             deadline=config.io_deadline_s,
         )
 
