@@ -29,12 +29,14 @@ class Boot:
         started: when the daemon was started (``time.monotonic()``).
         times: event name to time, in the order in which they happened.
         status: what the back-end told about itself right after the first HTTP answer.
+        trace: its account of fetches and waiting requests at that moment.
     """
 
     name: str
     started: float
     times: dict[str, float]
     status: dict[str, Any]
+    trace: dict[str, Any] = attrs.field(factory=dict)
 
 
 def http_status(port: int, timeout: float = 5) -> int | None:
@@ -108,7 +110,7 @@ def boot(
                     (logs / f"{name}-console.log").write_text(
                         "".join(f"{line.text}\n" for line in guest.lines)
                     )
-                status = daemon.status()
+                status, trace = daemon.status(), daemon.trace()
                 found = guest.milestones()
                 guest.qmp("quit")
                 guest.wait(30)
@@ -119,7 +121,7 @@ def boot(
         if milestone in found:
             times[event] = found[milestone] - daemon.started
     times["HTTP 200"] = answered - daemon.started
-    return Boot(name, daemon.started, times, status)
+    return Boot(name, daemon.started, times, status, trace)
 
 
 def _wait_http(

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from virtiofsd_rafs.cli.status import fetch_status
+from virtiofsd_rafs.cli._api import fetch_json
 from virtiofsd_rafs.errors import BackendError
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class BackEnd:
         """What it tells about itself; nothing, unless a kind of back-end knows better."""
         return {}
 
+    def trace(self) -> dict[str, Any]:
+        """What it fetched and who waited; nothing, unless a kind of back-end knows."""
+        return {}
+
     def wait_end(self, timeout: float = 30) -> int:
         """Waits until it has ended by itself, as its VM has gone; its exit code.
 
@@ -123,7 +127,18 @@ class Daemon(BackEnd):
         Raises:
             DaemonError: the daemon does not answer.
         """
+        return self._ask("/api/v1/status")
+
+    def trace(self) -> dict[str, Any]:
+        """What it fetched and who waited, as ``GET /api/v1/trace`` answers it.
+
+        Raises:
+            DaemonError: the daemon does not answer.
+        """
+        return self._ask("/api/v1/trace")
+
+    def _ask(self, path: str) -> dict[str, Any]:
         try:
-            return fetch_status(self.api_socket)
+            return fetch_json(self.api_socket, path)
         except BackendError as error:
             raise self.failure(str(error)) from error

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from guest.daemon import BackEnd
-from virtiofsd_rafs.cli.status import fetch_status
+from virtiofsd_rafs.cli._api import fetch_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ class Nydusd(BackEnd):
 
     def status(self) -> dict[str, Any]:
         """Its account of the requests to the back-end."""
-        return fetch_status(self._api_socket, "/api/v1/metrics/backend")
+        return fetch_json(self._api_socket, "/api/v1/metrics/backend")
 
     def wait_end(self, timeout: float = 30) -> int:
         """It goes on without a VM, so it is ended."""

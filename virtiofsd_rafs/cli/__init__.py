@@ -20,6 +20,7 @@ _COMMANDS = {
         "status",
         "Show a running daemon's processes, queues and traffic.",
     ),
+    "boot": ("virtiofsd_rafs.cli.boot", "boot", "Show what happened while a guest started (boot report)."),
     "build": ("virtiofsd_rafs.cli.build", "build", "Build a RAFS v6 image from a directory."),
     "push": ("virtiofsd_rafs.cli.push", "push", "Push a built image to a registry."),
     "inspect": ("virtiofsd_rafs.cli.inspect", "inspect", "Show what an image contains."),
