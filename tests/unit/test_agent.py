@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.sim.images import MadeImage, make_image
+from virtiofsd_rafs.backends.base import ANSWERED_BY
 from virtiofsd_rafs.config import ServeConfig
 from virtiofsd_rafs.errors import AuthError, BackendTimeout, NotFound, Throttled, Unreachable
 from virtiofsd_rafs.native.session import Post, Trace
@@ -282,6 +283,42 @@ async def test_wrong_bytes_for_ever_are_never_kept(image: MadeImage, cache: Path
         r.session.post(1)
         await r.until_ready(1)
     check_data(cache, image, 1)
+
+
+class TwoPlaces(ScriptedSource):
+    """Says who answered, and is told who sent nonsense."""
+
+    def __init__(self, image: MadeImage, *script: Step) -> None:
+        super().__init__(image, *script)
+        self.told: list[tuple[str, int, int, str]] = []
+
+    async def read_range(self, blob_id: str, offset: int, length: int) -> bytes:
+        data = await super().read_range(blob_id, offset, length)
+        ANSWERED_BY.set(f"place {len(self.calls)}")
+        return data
+
+    def wrong_bytes(self, blob_id: str, offset: int, length: int, source: str) -> None:
+        self.told.append((blob_id, offset, length, source))
+
+
+async def test_who_sent_wrong_bytes_is_told_the_source(image: MadeImage, cache: Path) -> None:
+    source = TwoPlaces(image, flipped)
+    async with rig(image, cache, source, amplify=1 << 20) as r:
+        r.session.post(2)
+        await r.until_ready(2)
+        assert [record.source for record in r.metrics.log] == ["place 1", "place 2"]
+    chunk = image.chunks[2]
+    assert source.told == [(image.blob_id, chunk.compressed_offset, chunk.compressed_size, "place 1")]
+
+
+async def test_what_backs_off_is_tried_when_the_source_was_renewed(image: MadeImage, cache: Path) -> None:
+    source = ScriptedSource(image, fails(AuthError("no")))
+    async with rig(image, cache, source, retry_first_s=50.0, retry_cap_s=60.0) as r:
+        r.session.post(2)
+        await r.until(lambda: len(r.metrics.log) == 1)
+        assert r.ready == set()
+        r.agent.renewed()
+        await r.until_ready(2)
 
 
 async def test_a_bad_neighbour_does_not_fail_the_others(image: MadeImage, cache: Path) -> None:

@@ -423,3 +423,14 @@ def test_what_is_waited_for_is_told_longest_first() -> None:
     assert [w.key[1] for w in p.waits(1)] == [20]
     p.stored(first.fetch_id, (), 8.0)
     assert len(p.waits(10)) == p.waiting == 3
+
+
+def test_pauses_end_when_their_reason_may_be_gone() -> None:
+    p = planner(Blob(TEN), amplify=0)
+    post(p, 1, 2)
+    for fetch in p.next_fetches(0.0):
+        p.failed(fetch.fetch_id, 0.0, retry_after_s=20.0, hopeless=True)
+    assert ranges(p, 1.0) == []
+    p.retry_now()
+    assert ranges(p, 1.0) == [(1,), (2,)]
+    assert p.next_event() is None

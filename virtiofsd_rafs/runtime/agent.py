@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from virtiofsd_rafs.backends.base import ANSWERED_BY
+from virtiofsd_rafs.backends.base import ANSWERED_BY, Distrustful
 from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
-from virtiofsd_rafs.native.store import OK, OUTCOME_NAMES, trim
+from virtiofsd_rafs.native.store import DECODE_ERROR, DIGEST_MISMATCH, OK, OUTCOME_NAMES, trim
 from virtiofsd_rafs.runtime.first_start import FirstStart
 from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls, runs_of
 from virtiofsd_rafs.runtime.planner import Planner
@@ -45,6 +45,8 @@ IDLE_S = 5.0
 RECHECK_POSTS = 3
 RECHECK_S = 1.0
 _RECHECK_LEN = 256
+# Outcomes that are the fault of who sent the bytes.
+_WRONG_BYTES = (DIGEST_MISMATCH, DECODE_ERROR)
 
 
 class Posts(Protocol):
@@ -286,6 +288,7 @@ class Agent:
             del ingest
             self._tell_disk_trouble()
             bad = self._judge(fetch, outcomes)
+            await self._distrust(fetch, outcomes)
             result = OUTCOME_NAMES[next((o for o in outcomes if o != OK), OK)]
             told = True
             self.planner.stored(fetch.fetch_id, bad, time.monotonic())
@@ -342,6 +345,23 @@ class Agent:
                     fetch.attempt,
                 )
         return bad
+
+    async def _distrust(self, fetch: Fetch, outcomes: bytes) -> None:
+        """Tells a source with several places which ranges were wrong: the next try asks another place."""
+        wrong = [c for c, o in zip(fetch.chunks, outcomes, strict=True) if o in _WRONG_BYTES]
+        if not wrong:
+            return
+        source = await self._source()
+        if isinstance(source, Distrustful):
+            chunks = self._store.chunks(fetch.blob)
+            for chunk in wrong:
+                offset, length = chunks.offsets[chunk], chunks.lengths[chunk]
+                source.wrong_bytes(self._blob_ids[fetch.blob], offset, length, ANSWERED_BY.get())
+
+    def renewed(self) -> None:
+        """The source may deliver again: what backs off is tried at once."""
+        self.planner.retry_now()
+        self._pump()
 
     def _failed(self, fetch: Fetch, error: VirtiofsdRafsError) -> None:
         _log.warning(

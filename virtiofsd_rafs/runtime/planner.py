@@ -187,6 +187,13 @@ class Planner:
             left = [(fetch.blob, chunk) for chunk in fetch.chunks if chunk not in fetch.wants]
             self.background.failed(fetch.reason, left, now + asked, self._rng(), hopeless=hopeless)
 
+    def retry_now(self) -> None:
+        """Ends all pauses: the reason for the failures may be gone."""
+        self._queue.update(self._delayed)
+        self._delayed.clear()
+        self._delayed_heap.clear()
+        self._paused_until = 0.0
+
     def _end(self, fetch_id: int, now: float) -> Fetch:
         fetch = self._fetches.pop(fetch_id)
         for chunk in fetch.chunks:
