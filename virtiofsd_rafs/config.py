@@ -93,6 +93,8 @@ class ServeConfig:
     blob_dir: Path | None = None
     blob_source: BackendConfig | None = None
     """Where the blobs are, whatever the image says; None: where the image comes from."""
+    config_file: Path | None = None
+    """nydusd's configuration, from which other fields come; read again when credentials are refused."""
     pull: Pull = attrs.field(default="missing", validator=_one_of(*PULLS))
     io_deadline_s: float = attrs.field(
         default=DEFAULT_IO_DEADLINE_S, converter=float, validator=_between(1.0, MAX_IO_DEADLINE_S)

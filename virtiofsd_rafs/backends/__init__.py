@@ -6,6 +6,7 @@ because aiohttp costs some 100 ms, and botocore as much again.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 from virtiofsd_rafs.backends.config import (
@@ -45,6 +46,14 @@ def module_of(image: ResolvedImage, backend: BackendConfig | None = None) -> str
     return _MODULES[RegistryBackend if image.reference is not None else LocalBackend]
 
 
+def check_installed(backend: BackendConfig) -> None:
+    """Raises ConfigError when *backend* needs packages that are not installed. Imports none of them."""
+    if isinstance(backend, S3Backend) and find_spec("aiobotocore") is None:
+        raise ConfigError(
+            "S3 needs packages that are not installed", remedy="pip install 'virtiofsd-rafs[s3]'"
+        )
+
+
 def open_source(
     image: ResolvedImage,
     config: SourceConfig,
@@ -62,6 +71,8 @@ def open_source(
     Raises ConfigError for an image that names no place, or a back-end whose packages are not installed;
     AuthError when docker's config.json is unusable.
     """
+    if backend is not None:
+        check_installed(backend)
     if isinstance(backend, S3Backend):
         from virtiofsd_rafs.backends.s3 import s3_source
 

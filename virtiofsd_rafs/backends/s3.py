@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import ipaddress
 import re
 import time
@@ -21,7 +20,7 @@ import attrs
 from virtiofsd_rafs.backends.config import split_user
 from virtiofsd_rafs.backends.http import HttpClient
 from virtiofsd_rafs.backends.objects import ObjectSource, Plan, Refusal
-from virtiofsd_rafs.errors import AuthError, ConfigError, CredentialsExpired
+from virtiofsd_rafs.errors import AuthError, CredentialsExpired
 from virtiofsd_rafs.registry.secret import Secret
 
 if TYPE_CHECKING:
@@ -37,14 +36,6 @@ PRESIGN_S = 3600
 PRESIGN_MARGIN_S = 120
 # Credentials that were looked up this recently are not looked up again because they were refused.
 _RELOAD_PAUSE_S = 5.0
-
-
-def require_extra() -> None:
-    """Raises ConfigError when the packages for S3 are not installed. Imports nothing."""
-    if importlib.util.find_spec("aiobotocore") is None:
-        raise ConfigError(
-            "S3 needs packages that are not installed", remedy="pip install 'virtiofsd-rafs[s3]'"
-        )
 
 
 @attrs.frozen
@@ -79,7 +70,6 @@ class S3Signer:
         reload: Callable[[], S3Backend | None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        require_extra()
         self._config = config
         self._reload = reload
         self._clock = clock
@@ -247,7 +237,7 @@ def base_url(config: S3Backend, region: str, endpoint_url: str = "") -> str:
 def s3_source(
     backend: S3Backend, config: SourceConfig, reload: Callable[[], S3Backend | None] | None = None
 ) -> ObjectSource:
-    """A BlobSource over the bucket of *backend*. Raises ConfigError without the extra's packages."""
+    """A BlobSource over the bucket of *backend*."""
     http = HttpClient(
         options=backend.http.plus(config.access.http),
         connections=config.connections,

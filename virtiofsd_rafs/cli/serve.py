@@ -10,6 +10,7 @@ import click
 
 from virtiofsd_rafs.cli._params import Size, format_size
 from virtiofsd_rafs.cli._registry_options import registry_options
+from virtiofsd_rafs.cli._source_options import source_options
 from virtiofsd_rafs.config import (
     DEFAULT_AMPLIFY,
     DEFAULT_CONNECTIONS,
@@ -27,7 +28,7 @@ from virtiofsd_rafs.config import (
 )
 
 if TYPE_CHECKING:
-    from virtiofsd_rafs.backends.config import RegistryAccess
+    from virtiofsd_rafs.backends.config import BackendConfig, RegistryAccess
 
 _PATH = click.Path(path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -49,6 +50,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--blob-dir", type=_FOLDER, help="Read blobs from this directory (IMAGE is a bootstrap file then)."
 )
+@source_options
 @click.option(
     "--pull",
     type=click.Choice(PULLS),
@@ -119,6 +121,8 @@ def serve(
     cache_dir: Path,
     no_cache: bool,
     blob_dir: Path | None,
+    blob_source: BackendConfig | None,
+    config_file: Path | None,
     pull: str,
     allow_unverified: bool,
     io_deadline: float,
@@ -135,7 +139,8 @@ def serve(
 ) -> None:
     """Serve IMAGE to one VM over vhost-user until the VM ends.
 
-    IMAGE is a registry reference (host/repository:tag[@digest]) or a bootstrap file with --blob-dir.
+    IMAGE is a registry reference (host/repository:tag[@digest]), or a bootstrap file with --blob-dir,
+    --blob-source or --config.
 
     \b
     Example: virtiofsd-rafs serve registry.example/app:1 --socket-path rafs.sock
@@ -146,6 +151,8 @@ def serve(
         api_socket=api_socket or default_api_socket(socket_path),
         cache_dir=None if no_cache else cache_dir,
         blob_dir=blob_dir,
+        blob_source=blob_source,
+        config_file=config_file,
         pull=pull,  # type: ignore[arg-type]  # click has checked the choice
         io_deadline_s=io_deadline,
         registry=access,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from virtiofsd_rafs.backends.base import BlobSource
+    from virtiofsd_rafs.backends.config import BackendConfig
     from virtiofsd_rafs.config import ServeConfig
     from virtiofsd_rafs.image.resolve import ResolvedImage
     from virtiofsd_rafs.native.session import Session
@@ -158,14 +159,14 @@ class _Control:
             import asyncio
             from importlib import import_module
 
-            from virtiofsd_rafs.backends import open_source
+            from virtiofsd_rafs.backends import module_of, open_source
 
-            if image.reference is not None:
-                # A quarter of a second of imports, during which the loop goes on.
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(None, import_module, "virtiofsd_rafs.backends.oci")
+            backend = self._config.blob_source
+            # A quarter of a second of imports, during which the loop goes on.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, import_module, module_of(image, backend))
             if self._source is None:
-                self._source = open_source(image, self._config)
+                self._source = open_source(image, self._config, backend, self._reload())
         return self._source
 
     def _close_source(self) -> None:
@@ -177,6 +178,19 @@ class _Control:
             task = asyncio.ensure_future(source.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    def _reload(self) -> Callable[[], BackendConfig | None] | None:
+        """What asks the configuration file again where blobs are."""
+        path = self._config.config_file
+        if path is None:
+            return None
+
+        def reload() -> BackendConfig | None:
+            from virtiofsd_rafs.backends.reload import backend_in
+
+            return backend_in(path)
+
+        return reload
 
     def _start_agent(self, mounted: Mounted, view: View) -> Agent:
         import asyncio

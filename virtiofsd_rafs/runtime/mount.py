@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,13 @@ def usable_cache(cache_dir: Path | None) -> Path | None:
         _log.warning("cache directory %s cannot be written: memory stands in", cache_dir)
         return None
     return cache_dir
+
+
+def _tell_missing(folder: Path, blob_ids: list[str]) -> None:
+    """Warns of blobs that are not in *folder*: the cache may have them all, or they are on their way here."""
+    for blob_id in blob_ids:
+        if not (folder / blob_id).exists():
+            _log.warning("blob %s is not in %s (check --blob-dir)", blob_id, folder)
 
 
 def _finish_now(work: Coroutine[None, None, ResolvedImage]) -> ResolvedImage:
@@ -212,11 +220,10 @@ class Mounter:
         if self._cache_dir is not None and not all(on_disk):
             why = os.strerror(store.stats().last_disk_errno)
             _log.warning("cache directory %s refuses (%s): memory stands in", self._cache_dir, why)
-        if image.blob_dir is not None:
-            for blob in blobs:
-                # Only a warning: the cache may have it all, and the file may be on its way here.
-                if not (image.blob_dir / blob.blob_id).exists():
-                    _log.warning("blob %s is not in %s (check --blob-dir)", blob.blob_id, image.blob_dir)
+        if image.blob_dir is not None and self._config.blob_source is None:
+            folder, names = image.blob_dir, [blob.blob_id for blob in blobs]
+            # Nobody waits for it: the directory may be on a NAS that hangs.
+            threading.Thread(target=_tell_missing, args=(folder, names), daemon=True).start()
         bootstrap_fd = seal_bootstrap(image.bootstrap)
         spill_fd = store.share_spill()
         send(self._keeper, MOUNT_BEGIN, MOUNT_INDEX, len(blobs), fds=[bootstrap_fd, spill_fd])
