@@ -44,6 +44,8 @@ MAX_CONNECTIONS = 256
 # Memory that stands in without a cache disk: twice what a guest can ask for at once (32 requests of 1 MiB).
 DEFAULT_SPILL_SIZE = 64 * MIB
 MIN_SPILL_SIZE = 32 * MIB
+# Less could not hold what a guest may ask for at once.
+MIN_CACHE_SIZE = 16 * MIB
 # Back-off between tries of a fetch: the first pause, doubling up to the cap. A source that comes back is
 # noticed within the cap, which keeps an outage of 60 s well inside the deadline.
 DEFAULT_RETRY_FIRST_S = 0.2
@@ -90,6 +92,10 @@ class ServeConfig:
     api_socket: Path
     cache_dir: Path | None = None
     """None: no disk, memory only."""
+    cache_size: int = attrs.field(default=0, validator=_between(0, 1 << 62))
+    """Most bytes that the blobs in ``cache_dir`` may use on the disk, whoever stored them; 0: no limit."""
+    cache_nydusd: bool = False
+    """Keep the cache readable for nydusd, which rules out that parts of it are evicted."""
     blob_dir: Path | None = None
     blob_source: BackendConfig | None = None
     """Where the blobs are, whatever the image says; None: where the image comes from."""
@@ -126,6 +132,16 @@ class ServeConfig:
     retry_cap_s: float = attrs.field(default=DEFAULT_RETRY_CAP_S, validator=_between(0.001, 60.0))
 
     def __attrs_post_init__(self) -> None:
+        if 0 < self.cache_size < MIN_CACHE_SIZE:
+            raise ConfigError(
+                f"cache_size is {self.cache_size}",
+                remedy=f"it must be 0 (no limit) or at least {MIN_CACHE_SIZE}",
+            )
+        if self.cache_size and self.cache_nydusd:
+            raise ConfigError(
+                "cache_size and cache_nydusd exclude each other: nydusd believes that what was stored stays",
+                remedy="leave one of them out",
+            )
         ahead = self.fill != "never" or self.prefetch == "all" or self.prefetch_files is not None
         if ahead and self.connections < 2:
             raise ConfigError(

@@ -54,6 +54,14 @@ def _twins() -> tuple[dict[str, bytes], dict[str, bytes], dict[str, list[bytes]]
 
 BOOTSTRAPS, BLOBS, PLAIN, BLOB_ID = _twins()
 
+
+def _data_size() -> int:
+    with Store(BOOTSTRAPS["good"], cache_dir=None, spill_size=4096) as store:
+        return store.blob(0).uncompressed_size
+
+
+DATA_SIZE = _data_size()
+
 slots = st.integers(0, 1)
 chunks = st.integers(0, N_CHUNKS - 1)
 chunk_sets = st.lists(chunks, min_size=1, max_size=N_CHUNKS, unique=True)
@@ -177,7 +185,57 @@ class ChunkStates(RuleBasedStateMachine):
                     f.seek(chunk * 4096)
                     f.write(bytes(100))
 
-    @rule(pattern=st.sampled_from(["*.blob.data", "*.chunk_state", "*-*"]))
+    @precondition(lambda self: self.daemons)
+    @rule(slot=slots, held=st.sets(chunks), read=st.sets(chunks), limit=st.sampled_from([1, 20_000, 1 << 20]))
+    def evict(self, slot: int, held: set[int], read: set[int], limit: int) -> None:
+        """Some chunks are waited for, some were read since."""
+        if slot not in self.daemons:
+            return
+        _, store = self.daemons[slot]
+        store.hold(0, held, 3600)
+        touched = store.share(0)[2]
+        for chunk in read:
+            os.pwrite(touched, b"\1", chunk)
+        os.close(touched)
+        view = store.chunks(0)
+        protected = {chunk for chunk in held - read if view.ready(chunk)}
+        store.sweep(limit, recover=True)
+        assert all(view.ready(chunk) for chunk in protected)
+
+    @rule(wanted=st.sets(chunks), punched=st.booleans())
+    def an_eviction_dies(self, wanted: set[int], punched: bool) -> None:
+        """Between marking and the end, with or without the hole."""
+        for path in self.cache.glob("*.chunk_state"):
+            stem = path.name.removesuffix(".chunk_state")
+            if not (self.cache / f"{stem}.blob.data").exists():
+                return
+            with path.open("r+b") as f, (self.cache / f"{stem}.blob.data").open("r+b") as data:
+                if struct.unpack_from("<Q", f.read(144), 136)[0] != os.fstat(data.fileno()).st_ino:
+                    return
+                for chunk in wanted:
+                    word = int.from_bytes(os.pread(f.fileno(), 4, _STATE_HEADER + 4 * chunk), "little")
+                    if word & 7 in (2, 3):
+                        word = ((word >> 3) + 1 << 3 | 4) & 0xFFFF_FFFF
+                        os.pwrite(f.fileno(), word.to_bytes(4, "little"), _STATE_HEADER + 4 * chunk)
+                        if punched:
+                            os.pwrite(data.fileno(), bytes(4096), chunk * 4096)
+            return
+
+    @precondition(lambda self: not self.daemons)
+    @rule(bits=st.integers(0, 63), right=st.sets(chunks), damaged=st.booleans())
+    def nydusd_was_here(self, bits: int, right: set[int], damaged: bool) -> None:
+        """It says that it stored chunks, which may be true."""
+        for path in self.cache.iterdir():
+            path.unlink()
+        header = bytearray(struct.pack("<4I", 0x424D4150, 1, 0x434D4150, 0).ljust(4096, b"\0"))
+        header[8 if damaged else 100] ^= 1
+        (self.cache / f"{BLOB_ID}.blob.data.chunk_map").write_bytes(header + bytes([bits << 2]))
+        data = bytearray(DATA_SIZE)
+        for chunk in right:
+            data[chunk * 4096 : chunk * 4096 + len(PLAIN["good"][chunk])] = PLAIN["good"][chunk]
+        (self.cache / f"{BLOB_ID}.blob.data").write_bytes(data)
+
+    @rule(pattern=st.sampled_from(["*.blob.data", "*.chunk_state", "*-*", "*.chunk_map"]))
     def remove_files(self, pattern: str) -> None:
         for path in self.cache.glob(pattern):
             path.unlink()
@@ -203,4 +261,4 @@ class ChunkStates(RuleBasedStateMachine):
 
 
 TestChunkStates = ChunkStates.TestCase
-TestChunkStates.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestChunkStates.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

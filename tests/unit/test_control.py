@@ -37,7 +37,8 @@ class Mount(NamedTuple):
     def states(self, blob: int = 0) -> list[int]:
         """The state of each chunk, as a worker sees it."""
         fd = self.blobs[blob][0]
-        raw = os.pread(fd, os.fstat(fd).st_size - 4096, 4096)
+        count = int.from_bytes(os.pread(fd, 4, 12), "little")
+        raw = os.pread(fd, 4 * count, 4096)
         return [word & 7 for (word,) in struct.iter_unpack("<I", raw)]
 
     def spilled(self, blob: int = 0) -> list[bool]:

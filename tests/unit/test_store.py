@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,9 @@ def test_the_state_file_is_what_the_document_says(image: MadeImage, cache: Path)
         store.ingest(0, 0, image.blob, [1])
         digest = store.map_digest(0)
     raw = (cache / f"{image.blob_id}.chunk_state").read_bytes()
-    assert len(raw) == 4096 + 4 * len(image.chunks)
+    used_at = (4096 + 4 * len(image.chunks) + 7) // 8 * 8
+    places_at = (used_at + 4 * len(image.chunks) + 7) // 8 * 8
+    assert len(raw) == places_at + 16 * len(image.chunks)
     magic, version, count, boot, found, blob_id, size, ino = struct.unpack_from("<8sII16s32s64sQQ", raw)
     assert (magic, version, count, boot) == (b"VRCHSTAT", 1, len(image.chunks), b"B" * 16)
     assert (found, blob_id.rstrip(b"\0")) == (digest, image.blob_id.encode())
@@ -233,6 +236,12 @@ def test_the_state_file_is_what_the_document_says(image: MadeImage, cache: Path)
     assert (size, ino) == (status.st_size, status.st_ino)
     words = struct.unpack_from(f"<{count}I", raw, 4096)
     assert [word & 7 for word in words[:3]] == [0, 3, 0]
+    assert struct.unpack_from("<I", raw, 144) == (1,)
+    used = struct.unpack_from(f"<{count}I", raw, used_at)
+    assert [bool(when) for when in used[:3]] == [False, True, False]
+    assert abs(used[1] - time.time()) < 60
+    places = list(struct.iter_unpack("<QII", raw[places_at:]))
+    assert places == [(chunk.uncompressed_offset, chunk.uncompressed_size, 1) for chunk in image.chunks]
 
 
 def test_the_map_digest_covers_what_the_document_says(image: MadeImage) -> None:

@@ -46,6 +46,14 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default="/var/cache/virtiofsd-rafs for root, ~/.cache/virtiofsd-rafs for others",
     help="Keep blobs here.",
 )
+@click.option(
+    "--cache-size",
+    type=Size(),
+    default=0,
+    show_default="no limit",
+    help="Evict what was not used for longest when the cached blobs of all images exceed this.",
+)
+@click.option("--cache-nydusd", is_flag=True, help="Keep the cache readable for nydusd.")
 @click.option("--no-cache", is_flag=True, help="Use no disk: bounded memory instead.")
 @click.option(
     "--blob-dir", type=_FOLDER, help="Read blobs from this directory (IMAGE is a bootstrap file then)."
@@ -119,6 +127,8 @@ def serve(
     socket_path: Path,
     api_socket: Path | None,
     cache_dir: Path,
+    cache_size: int,
+    cache_nydusd: bool,
     no_cache: bool,
     blob_dir: Path | None,
     blob_source: BackendConfig | None,
@@ -150,6 +160,8 @@ def serve(
         socket_path=socket_path,
         api_socket=api_socket or default_api_socket(socket_path),
         cache_dir=None if no_cache else cache_dir,
+        cache_size=0 if no_cache else cache_size,
+        cache_nydusd=cache_nydusd and not no_cache,
         blob_dir=blob_dir,
         blob_source=blob_source,
         config_file=config_file,

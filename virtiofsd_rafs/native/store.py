@@ -6,6 +6,7 @@ that all methods may be called from any thread; the calls that work on bytes rel
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -76,6 +77,20 @@ class TouchedCounts(NamedTuple):
     plain_bytes: int
 
 
+class Sweep(NamedTuple):
+    """What an eviction has done. Sizes are bytes on the disk, of all blobs in the directory."""
+
+    before: int
+    after: int
+    n_chunks: int
+    held: int
+    """Bytes that may not go: requests wait for them, or nydusd may use them."""
+    errno: int
+    """Why the file system gives nothing back; 0: it does."""
+    busy: bool
+    """Another process was at it."""
+
+
 class StoreStats(NamedTuple):
     """Use of the memory that stands in for the cache disk, and refusals of that disk."""
 
@@ -138,7 +153,8 @@ class Store:
 
     At most *spill_size* bytes of memory stand in without a directory, or when its disk is full.
 
-    Raises BadImage, UnsupportedFeature, CacheError. *boot_id* (16 bytes) replaces the kernel's in tests.
+    Raises BadImage, UnsupportedFeature, CacheError. *boot_id* (16 bytes) replaces the kernel's in tests. With
+    *for_nydusd*, a record of what is stored is kept for nydusd.
     """
 
     def __init__(
@@ -148,6 +164,7 @@ class Store:
         cache_dir: Path | None,
         spill_size: int,
         boot_id: bytes | None = None,
+        for_nydusd: bool = False,
     ) -> None:
         self._handle = ffi.NULL  # which every call answers with an error
         self._views: dict[int, ChunkView] = {}
@@ -159,7 +176,9 @@ class Store:
         out = ffi.new("void **")
         with ffi.from_buffer(image) as buf:
             boot = ffi.from_buffer(boot_id) if boot_id is not None else ffi.NULL
-            n_blobs = raise_for(lib.vr_store_new(buf, len(buf), cache, len(cache), spill_size, boot, out))
+            n_blobs = raise_for(
+                lib.vr_store_new(buf, len(buf), cache, len(cache), spill_size, boot, int(for_nydusd), out)
+            )
         self._handle = out[0]
         self.n_blobs = n_blobs
 
@@ -333,6 +352,40 @@ class Store:
             )
         )
 
+    def hold(self, index: int, chunks: Iterable[int], seconds: float) -> None:
+        """Protects chunks from eviction for *seconds*, or until a read was answered from them."""
+        wanted = array("I", chunks)
+        raise_for(
+            lib.vr_cache_hold(
+                self._handle, index, ffi.from_buffer("uint32_t[]", wanted), len(wanted), math.ceil(seconds)
+            )
+        )
+
+    def harvest(self) -> int:
+        """Notes in the directory which chunks were used since the last call; their number."""
+        return raise_for(lib.vr_cache_harvest(self._handle))
+
+    def growth(self) -> tuple[int, bool]:
+        """Bytes stored in the directory so far, and whether an eviction stood in the way of a chunk."""
+        out = ffi.new("uint64_t[]", 2)
+        raise_for(lib.vr_cache_growth(self._handle, out))
+        return out[0], bool(out[1])
+
+    def sweep(self, limit: int, *, recover: bool = False) -> Sweep | None:
+        """Brings the directory below *limit* bytes (0: no limit); None without a directory.
+
+        *recover* also gives back what an interrupted eviction left. Blocking: call it from an executor.
+        """
+        out = ffi.new("uint64_t[]", lib.VR_CACHE_SWEEP_LEN)
+        if raise_for(lib.vr_cache_sweep(self._handle, limit, int(recover), out)) == 0:
+            return None
+        before, after, n_chunks, held, errno, busy = out
+        return Sweep(before, after, n_chunks, held, errno, bool(busy))
+
+    def stop_sweep(self) -> None:
+        """Ends a sweep that runs in another thread, and those to come."""
+        raise_for(lib.vr_cache_stop_sweep(self._handle))
+
     def states(self, index: int) -> StateCounts:
         """Counts of the described chunks by state."""
         out = ffi.new("uint64_t[]", lib.VR_STORE_STATES_LEN)
@@ -340,7 +393,7 @@ class Store:
         return StateCounts(*out)
 
     def map_digest(self, index: int) -> bytes:
-        """sha256 over all that the image promises about the blob."""
+        """sha256 over all that the image promises about the blob, which need not be open."""
         out = ffi.new("uint8_t[]", 32)
         raise_for(lib.vr_store_map_digest(self._handle, index, out))
         return bytes(ffi.buffer(out))
@@ -368,6 +421,16 @@ def paths(image: bytes | memoryview | mmap, nodeids: Sequence[int]) -> dict[int,
             size = n
     names = bytes(ffi.buffer(out, n)).split(b"\0")
     return {i: name.decode("utf-8", "backslashreplace") for i, name in zip(ids, names, strict=False) if name}
+
+
+def reclaim(cache_dir: Path, stem: str) -> int | None:
+    """Gives back what absent chunks of the files *stem* still use; their number.
+
+    None when another process evicts, or the files are not to be changed. Blocking.
+    """
+    folder, name = str(cache_dir).encode(), stem.encode()
+    n = raise_for(lib.vr_cache_reclaim(folder, len(folder), name, len(name)))
+    return n - 1 if n else None
 
 
 def trim() -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from virtiofsd_rafs.backends.base import ANSWERED_BY, Distrustful
+from virtiofsd_rafs.cache.eviction import Eviction
 from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
 from virtiofsd_rafs.native.store import DECODE_ERROR, DIGEST_MISMATCH, OK, OUTCOME_NAMES, trim
 from virtiofsd_rafs.runtime.first_start import FirstStart
@@ -132,6 +133,7 @@ class Agent:
             started_ns=started_ns,
             completed=completed,
         )
+        self.eviction = Eviction(store, config.cache_size)
         self.stalls = Stalls()
         self._pool: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,6 +148,7 @@ class Agent:
         self._loop.add_reader(self._session.post_fd, self._readable)
         self._take_posts()
         self.first_start.start()
+        self.eviction.start()
         self._pump()
 
     async def close(self) -> None:
@@ -161,6 +164,7 @@ class Agent:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.eviction.close()
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -262,6 +266,7 @@ class Agent:
 
     async def _verify(self, key: Key) -> None:
         good = False
+        self.eviction.hold(key[0], [key[1]], self._io_deadline_s)
         try:
             good = await self._run(partial(self._store.verify_present, *key))
         finally:
@@ -284,8 +289,11 @@ class Agent:
                 self._store.ingest, fetch.blob, fetch.offset, await self._read(fetch), fetch.chunks
             )
             n_bytes = fetch.length
+            self.eviction.hold(fetch.blob, fetch.wants, self._io_deadline_s)
             outcomes = await self._run(ingest)
             del ingest
+            self.eviction.hold(fetch.blob, fetch.wants, self._io_deadline_s)  # some came meanwhile
+            self.eviction.stored()
             self._tell_disk_trouble()
             bad = self._judge(fetch, outcomes)
             await self._distrust(fetch, outcomes)

@@ -210,7 +210,12 @@ class Mounter:
         )
 
     def _store(self, bootstrap: bytes | mmap) -> Store:
-        return Store(bootstrap, cache_dir=self._cache_dir, spill_size=self._config.spill_size)
+        return Store(
+            bootstrap,
+            cache_dir=self._cache_dir,
+            spill_size=self._config.spill_size,
+            for_nydusd=self._config.cache_nydusd,
+        )
 
     def _hand_over(self, image: ResolvedImage, store: Store) -> Mounted:
         """Opens the cache files and gives everything that a worker needs to the keeper."""

@@ -173,6 +173,8 @@ class View:
                 "cache": {
                     "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
                     **self._mounted.store.stats()._asdict(),
+                    "limit": self._agent.eviction.limit,
+                    **attrs.asdict(self._agent.eviction.counters),
                 },
             }
         return status
@@ -283,7 +285,7 @@ class View:
         if self._agent is None or self._mounted is None:
             return samples
         planner, store = self._agent.planner, self._mounted.store
-        counters, stats = planner.counters, store.stats()
+        counters, stats, eviction = planner.counters, store.stats(), self._agent.eviction
         samples += [
             Sample("posts_total", counters.posts),
             Sample("retries_total", counters.retries),
@@ -297,6 +299,11 @@ class View:
             Sample("chunks_waiting", planner.waiting),
             Sample("fetches_in_flight", planner.in_flight),
             Sample("cache_disk_errors_total", stats.disk_errors),
+            Sample("cache_bytes", eviction.counters.cache_bytes),
+            Sample("cache_limit_bytes", eviction.limit),
+            Sample("cache_sweeps_total", eviction.counters.sweeps),
+            Sample("cache_evicted_chunks_total", eviction.counters.evicted_chunks),
+            Sample("cache_evicted_bytes_total", eviction.counters.evicted_bytes),
             Sample("spill_bytes", stats.spill_used),
         ]
         totals: dict[str, int] = {}

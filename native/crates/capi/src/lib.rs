@@ -5,6 +5,7 @@
 //! the last failure of the calling thread is read with [`vr_last_error`]. No panic crosses: see [`guard`].
 
 pub mod builder;
+pub mod cache;
 pub mod frontend;
 pub mod rafs;
 pub mod session;
@@ -14,7 +15,7 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Changes whenever a signature or a shared layout changes; checked when Python loads the library.
-pub const VR_ABI_VERSION: u32 = 1;
+pub const VR_ABI_VERSION: u32 = 2;
 
 /// A parameter is out of range or inconsistent.
 pub const VR_E_INVALID: i64 = -1;

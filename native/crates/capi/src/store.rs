@@ -7,7 +7,7 @@
 use std::ffi::c_void;
 use std::os::fd::{BorrowedFd, IntoRawFd};
 
-use chunk_store::{Promise, Store, TableFds, kernel_boot_id};
+use chunk_store::{Options, Promise, Store, TableFds, kernel_boot_id};
 
 use crate::{Failure, VR_E_BAD_IMAGE, VR_E_INVALID, VR_E_UNSUPPORTED, guard};
 
@@ -31,9 +31,9 @@ pub const VR_STORE_EXTENTS: u32 = 4;
 /// `which` of [`vr_store_array`]: one byte per chunk, not 0 when a read was answered from it.
 pub const VR_STORE_TOUCHED: u32 = 5;
 
-struct Handle {
-    promise: Promise,
-    store: Store,
+pub(crate) struct Handle {
+    pub(crate) promise: Promise,
+    pub(crate) store: Store,
 }
 
 fn invalid(text: &str) -> Failure {
@@ -53,7 +53,7 @@ fn format_failure(e: &rafs_format::FormatError) -> Failure {
 
 /// # Safety
 /// `handle` must come from `vr_store_new` and not have been freed.
-unsafe fn shared<'a>(handle: *const c_void) -> Result<&'a Handle, Failure> {
+pub(crate) unsafe fn shared<'a>(handle: *const c_void) -> Result<&'a Handle, Failure> {
     // SAFETY: the caller vouches for the pointer; null is caught.
     unsafe { handle.cast::<Handle>().as_ref() }.ok_or_else(|| invalid("null store"))
 }
@@ -67,7 +67,7 @@ unsafe fn exclusive<'a>(handle: *mut c_void) -> Result<&'a mut Handle, Failure> 
 
 /// # Safety
 /// `ptr` must be valid for reads of `len` elements (or `len` be 0) for as long as the result is used.
-unsafe fn slice<'a, T>(ptr: *const T, len: usize) -> Result<&'a [T], Failure> {
+pub(crate) unsafe fn slice<'a, T>(ptr: *const T, len: usize) -> Result<&'a [T], Failure> {
     if len == 0 {
         return Ok(&[]);
     }
@@ -80,7 +80,7 @@ unsafe fn slice<'a, T>(ptr: *const T, len: usize) -> Result<&'a [T], Failure> {
 
 /// # Safety
 /// `ptr` must be valid for reads and writes of `len` elements for as long as the result is used.
-unsafe fn slice_mut<'a, T>(ptr: *mut T, len: usize) -> Result<&'a mut [T], Failure> {
+pub(crate) unsafe fn slice_mut<'a, T>(ptr: *mut T, len: usize) -> Result<&'a mut [T], Failure> {
     if len == 0 {
         return Ok(&mut []);
     }
@@ -102,7 +102,8 @@ unsafe fn borrow_fd<'a>(fd: i32) -> Result<BorrowedFd<'a>, Failure> {
 }
 
 /// Makes a store for the blobs of the bootstrap `image` and writes its handle to `out`. `cache` is the path of the
-/// cache directory (UTF-8; length 0: memory only), `boot_id` 16 bytes or null for the running kernel's.
+/// cache directory (UTF-8; length 0: memory only), `boot_id` 16 bytes or null for the running kernel's. With
+/// `for_nydusd` 1, a record of what is stored is kept for nydusd.
 /// Returns the number of blobs. Blocking: reads the chunk table.
 ///
 /// # Safety
@@ -115,6 +116,7 @@ pub unsafe extern "C" fn vr_store_new(
     cache_len: usize,
     spill_size: u64,
     boot_id: *const u8,
+    for_nydusd: u32,
     out: *mut *mut c_void,
 ) -> i64 {
     guard(|| {
@@ -137,7 +139,10 @@ pub unsafe extern "C" fn vr_store_new(
             blobs,
             spill_size,
             boot_id,
-        )?;
+        )?
+        .with_options(Options {
+            for_nydusd: for_nydusd != 0,
+        });
         if out.is_null() {
             return Err(invalid("null out"));
         }
@@ -401,7 +406,7 @@ pub unsafe extern "C" fn vr_store_array(
                         .wrapping_add(at)
                         .cast_const()
                         .cast(),
-                    tables.states().len() - at,
+                    tables.count() as usize * 4,
                 )
             }
             VR_STORE_EXTENTS => {
@@ -525,7 +530,7 @@ pub unsafe extern "C" fn vr_store_states(handle: *const c_void, index: u32, out:
     })
 }
 
-/// Copies the map digest of blob `index`'s state file (32 bytes) to `out`.
+/// Copies the map digest of blob `index`, which its state file carries (32 bytes), to `out`; it need not be open.
 ///
 /// # Safety
 /// `handle` must be a store, `out` valid for 32 bytes.
@@ -538,11 +543,15 @@ pub unsafe extern "C" fn vr_store_map_digest(
     guard(|| {
         // SAFETY: promised by the caller.
         let (handle, out) = unsafe { (shared(handle)?, slice_mut(out, 32)?) };
-        let blob = handle
-            .store
-            .blob(index as usize)
-            .ok_or_else(|| invalid("this blob is not open"))?;
-        out.copy_from_slice(&blob.spec.map_digest());
+        let digest = match handle.store.blob(index as usize) {
+            Some(blob) => blob.spec.map_digest(),
+            None => handle
+                .promise
+                .spec(index as usize)
+                .map_err(|e| Failure::new(VR_E_BAD_IMAGE, format!("blob: {e}")))?
+                .map_digest(),
+        };
+        out.copy_from_slice(&digest);
         Ok(0)
     })
 }

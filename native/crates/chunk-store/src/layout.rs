@@ -12,6 +12,12 @@
 //! | 64 | 64 B | blob id, NUL padded |
 //! | 128 | u64 | data_size: length of the data file |
 //! | 136 | u64 | inode number of the data file that the states speak of (0: none) |
+//! | 144 | u32 | [`SECTIONS`] when the two tables behind the words are complete |
+//!
+//! Behind the words, from the next multiple of 8 on: u32 per chunk, when it was last used, in seconds since the epoch
+//! (a time to come: a request waits for it); from the next multiple of 8 on: 16 bytes per chunk
+//! {data_offset u64, size u32, flags u32}, by which eviction knows the places of chunks of any image. Workers map
+//! neither.
 //!
 //! Extent table: a 64-byte header {magic u64, version u32, chunk_count u32}, then 32 bytes per chunk
 //! {data_offset u64, size u32, flags u32, spill u64, reserved u64}.
@@ -42,6 +48,7 @@ pub mod state_header {
     pub const BLOB_ID: usize = 64;
     pub const DATA_SIZE: usize = 128;
     pub const DATA_INO: usize = 136;
+    pub const SECTIONS: usize = 144;
 }
 
 /// Nothing usable is stored.
@@ -52,6 +59,20 @@ pub const FETCHING: u32 = 1;
 pub const PRESENT: u32 = 2;
 /// Bytes are stored and verified: the only state that is served.
 pub const VERIFIED: u32 = 3;
+
+/// The bytes are being given back to the file system. Whoever holds the directory's eviction lock owns the chunk: until
+/// it is absent, nobody else may write its bytes or its word.
+pub const EVICTING: u32 = 4;
+
+/// Value of the header's field of that name.
+pub const SECTIONS: u32 = 1;
+/// Times of last use are at most so far ahead of now: as long as a request may wait. What is farther ahead was written
+/// under another clock.
+pub const MAX_HOLD_S: u32 = 3600;
+/// Place flag: no other chunk shares bytes with this one, so it can be evicted.
+pub const PLACE_ALONE: u32 = 1;
+/// Bytes of one entry of the place table.
+pub const PLACE_SIZE: usize = 16;
 
 /// The state in a state word; the bits above are a generation that grows with every change.
 pub const fn state_of(word: u32) -> u32 {
@@ -96,6 +117,21 @@ pub const fn split_spill(word: u64) -> Option<(u32, u64)> {
 /// Bytes of a state file for `count` chunks.
 pub const fn state_len(count: u32) -> usize {
     STATE_HEADER + count as usize * 4
+}
+
+/// Byte offset of the time of last use of `chunk`.
+pub const fn used_at(count: u32, chunk: u32) -> usize {
+    state_len(count).next_multiple_of(8) + chunk as usize * 4
+}
+
+/// Byte offset of the place of `chunk`.
+pub const fn place_at(count: u32, chunk: u32) -> usize {
+    used_at(count, count).next_multiple_of(8) + chunk as usize * PLACE_SIZE
+}
+
+/// Bytes of a state file with all sections.
+pub const fn full_len(count: u32) -> usize {
+    place_at(count, count)
 }
 
 /// Bytes of a touched table for `count` chunks. A mapping has at least one byte.

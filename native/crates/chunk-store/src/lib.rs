@@ -12,10 +12,14 @@
 //! [`Store`].
 
 pub mod decode;
+mod disk;
+mod evict;
 mod image;
 pub mod layout;
 mod mapping;
+mod nydusd;
 mod paths;
+pub mod protocol;
 pub mod spec;
 mod spill;
 mod store;
@@ -23,10 +27,12 @@ mod sys;
 mod tables;
 mod view;
 
+pub use disk::{BootId, Options, kernel_boot_id};
+pub use evict::{Goal, Sweep, reclaim, sweep};
 pub use image::Promise;
 pub use mapping::Mapping;
 pub use paths::paths;
 pub use spill::SpillStats;
 pub use store::{Blob, Outcome, StateCounts, Store, TableFds};
-pub use tables::{BootId, SharedFds, Tables, kernel_boot_id};
+pub use tables::{SharedFds, Tables};
 pub use view::{BlobView, Extent, Location, Source};

@@ -61,6 +61,8 @@ pub struct BlobSpec {
     pub data_size: u64,
     pub compressor: Compressor,
     pub digester: Digester,
+    /// Chunks that the blob table counts, described or not; nydusd sizes its files by it.
+    pub table_count: u32,
     pub compressed_offset: Vec<u64>,
     pub compressed_size: Vec<u32>,
     pub data_offset: Vec<u64>,
@@ -104,6 +106,7 @@ impl BlobSpec {
             data_size,
             compressor,
             digester,
+            table_count: count as u32,
             compressed_offset: vec![0; count],
             compressed_size: vec![0; count],
             data_offset: vec![0; count],
@@ -146,6 +149,7 @@ impl BlobSpec {
             };
             spec.set(info.index as usize, chunk)?;
         }
+        spec.table_count = entry.chunk_count.min(MAX_CHUNKS as u32);
         spec.check_overlap()?;
         Ok(spec)
     }
@@ -252,6 +256,22 @@ impl BlobSpec {
             last = Some(index);
         }
         Ok(())
+    }
+
+    /// Which chunks share no byte of the address space with another one.
+    pub fn alone(&self) -> Vec<bool> {
+        let mut alone: Vec<bool> = self.flags.iter().map(|f| f & CHUNK_VALID != 0).collect();
+        let mut order: Vec<usize> = (0..self.count()).filter(|i| alone[*i]).collect();
+        order.sort_by_key(|i| self.data_offset[*i]);
+        for pair in order.windows(2) {
+            // Chunks that overlap are the same chunk (`check_overlap`), so neighbours in this order are enough.
+            if self.data_offset[pair[1]] < self.data_offset[pair[0]] + u64::from(self.size[pair[0]])
+            {
+                alone[pair[0]] = false;
+                alone[pair[1]] = false;
+            }
+        }
+        alone
     }
 
     /// sha256 over everything that the image promises about the blob. Cache files are shared only between images

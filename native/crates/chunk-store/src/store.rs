@@ -5,14 +5,17 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use crate::decode::{Defect, digest_matches, with_decoded, with_scratch};
-use crate::layout::{ABSENT, PRESENT, VERIFIED, state_of};
+use crate::disk::{BootId, Options};
+use crate::evict::{self, Goal, Sweep};
+use crate::layout::{ABSENT, MAX_HOLD_S, PRESENT, VERIFIED, state_of};
+use crate::protocol::{WriteStep, write_step};
 use crate::spec::BlobSpec;
 use crate::spill::{Spill, SpillStats};
 use crate::sys;
-use crate::tables::{BootId, Tables};
+use crate::tables::Tables;
 
 /// What became of one chunk of a fetched range. The numbers cross the C ABI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,12 +57,16 @@ pub struct Blob {
 #[derive(Debug)]
 pub struct Store {
     cache: Option<OwnedFd>,
+    options: Options,
     boot_id: BootId,
     spill_size: u64,
     spill: OnceLock<Spill>,
     blobs: Vec<OnceLock<Blob>>,
     disk_errors: AtomicU64,
     last_disk_errno: AtomicI32,
+    stored_bytes: AtomicU64,
+    met_eviction: AtomicBool,
+    stop_sweep: AtomicBool,
 }
 
 /// The descriptors of one blob's tables.
@@ -69,6 +76,15 @@ pub struct TableFds<'a> {
     pub extents: BorrowedFd<'a>,
     pub touched: BorrowedFd<'a>,
     pub data: Option<BorrowedFd<'a>>,
+}
+
+/// How often a chunk is written anew because its word changed meanwhile.
+const WRITE_TRIES: usize = 8;
+
+/// Seconds since the epoch.
+fn now_s() -> u32 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| u32::try_from(d.as_secs()).unwrap_or(u32::MAX))
 }
 
 fn bad(text: &str) -> io::Error {
@@ -86,13 +102,22 @@ impl Store {
     ) -> io::Result<Store> {
         Ok(Store {
             cache: cache.map(sys::open_dir).transpose()?,
+            options: Options::default(),
             boot_id,
             spill_size,
             spill: OnceLock::new(),
             blobs: (0..blobs).map(|_| OnceLock::new()).collect(),
             disk_errors: AtomicU64::new(0),
             last_disk_errno: AtomicI32::new(0),
+            stored_bytes: AtomicU64::new(0),
+            met_eviction: AtomicBool::new(false),
+            stop_sweep: AtomicBool::new(false),
         })
+    }
+
+    /// The same store with other options; before a blob is opened.
+    pub fn with_options(self, options: Options) -> Store {
+        Store { options, ..self }
     }
 
     /// Opens or makes the tables of blob `index`. Returns whether it has a data file on disk: when the cache
@@ -104,13 +129,15 @@ impl Store {
             .ok_or_else(|| bad("blob index out of range"))?;
         let digest = spec.map_digest();
         let on_disk = match &self.cache {
-            Some(dir) => match Tables::on_disk(dir.as_fd(), &spec, &digest, &self.boot_id) {
-                Ok(tables) => Some(tables),
-                Err(e) => {
-                    self.note_disk_error(&e);
-                    None
+            Some(dir) => {
+                match Tables::on_disk(dir.as_fd(), &spec, &digest, &self.boot_id, self.options) {
+                    Ok(tables) => Some(tables),
+                    Err(e) => {
+                        self.note_disk_error(&e);
+                        None
+                    }
                 }
-            },
+            }
             None => None,
         };
         let tables = match on_disk {
@@ -129,7 +156,8 @@ impl Store {
             .blobs
             .get(index)
             .ok_or_else(|| bad("blob index out of range"))?;
-        let tables = Tables::adopt(&spec, &spec.map_digest(), fds)?;
+        let dir = self.cache.as_ref().map(AsFd::as_fd);
+        let tables = Tables::adopt(dir, &spec, &spec.map_digest(), fds)?;
         let has_data = tables.data().is_some();
         slot.set(Blob { spec, tables })
             .map_err(|_| bad("this blob is open already"))?;
@@ -186,13 +214,35 @@ impl Store {
 
     /// Stores verified bytes: on the disk, else in the spill.
     fn keep(&self, blob: &Blob, chunk: u32, offset: u64, bytes: &[u8]) -> Outcome {
-        if let Some(data) = blob.tables.data() {
-            match data.write_all_at(bytes, offset) {
-                Ok(()) => {
-                    blob.tables.publish(chunk, VERIFIED);
-                    return Outcome::Ok;
+        if let (Some(data), Some(word)) = (blob.tables.data(), blob.tables.state(chunk)) {
+            // Another daemon's hint, or eviction, may change the word meanwhile; that never goes on for long.
+            for _ in 0..WRITE_TRIES {
+                let seen = word.load(Ordering::Acquire);
+                match write_step(seen) {
+                    WriteStep::Done => return Outcome::Ok,
+                    WriteStep::Elsewhere => {
+                        self.met_eviction.store(true, Ordering::Relaxed);
+                        break;
+                    }
+                    WriteStep::Write(next) => {
+                        if let Err(e) = data.write_all_at(bytes, offset) {
+                            self.note_disk_error(&e);
+                            break;
+                        }
+                        blob.tables.set_used(chunk, now_s());
+                        let published = word
+                            .compare_exchange(seen, next, Ordering::AcqRel, Ordering::Acquire)
+                            .is_ok();
+                        if published {
+                            self.stored_bytes
+                                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            if let Some(record) = blob.tables.nydusd() {
+                                record.set(chunk);
+                            }
+                            return Outcome::Ok;
+                        }
+                    }
                 }
-                Err(e) => self.note_disk_error(&e),
             }
         }
         match self
@@ -268,8 +318,12 @@ impl Store {
                 let good = read_matches(data, blob, &spec)?;
                 // A chunk without digest cannot be checked, so it is fetched again.
                 let state = if good { VERIFIED } else { ABSENT };
-                if state_of(seen) != state {
-                    blob.tables.exchange(chunk, seen, state);
+                if state_of(seen) != state && blob.tables.exchange(chunk, seen, state) {
+                    match blob.tables.nydusd() {
+                        Some(record) if good => record.set(chunk),
+                        Some(record) => record.clear(chunk),
+                        None => {}
+                    }
                 }
                 Ok(blob.tables.ready(chunk))
             }
@@ -313,6 +367,54 @@ impl Store {
             }
         }
         Ok(counts)
+    }
+
+    /// Protects chunks of blob `index` from eviction for `seconds`, or until a read was answered from them: a request
+    /// waits for them.
+    pub fn hold(&self, index: usize, chunks: &[u32], seconds: u32) -> io::Result<()> {
+        let blob = self.open(index)?;
+        let until = now_s().saturating_add(seconds.min(MAX_HOLD_S));
+        for chunk in chunks {
+            blob.tables.set_used(*chunk, until);
+        }
+        Ok(())
+    }
+
+    /// Notes which chunks were used since the last call, where every daemon on the directory sees it. Returns their
+    /// number.
+    pub fn harvest(&self) -> u64 {
+        let now = now_s();
+        let blobs = self.blobs.iter().filter_map(OnceLock::get);
+        let on_disk = blobs.filter(|b| b.tables.data().is_some());
+        on_disk.map(|b| u64::from(b.tables.harvest(now))).sum()
+    }
+
+    /// Brings the directory below its limit, see [`evict::sweep`]; `None` without a directory.
+    pub fn sweep(&self, goal: &Goal) -> io::Result<Option<Sweep>> {
+        let Some(dir) = &self.cache else {
+            return Ok(None);
+        };
+        self.harvest();
+        let met = self.met_eviction.swap(false, Ordering::Relaxed);
+        let done = evict::sweep(dir.as_fd(), goal, &self.boot_id, now_s(), &self.stop_sweep);
+        if met && done.as_ref().map_or(true, |d| d.busy) {
+            self.met_eviction.store(true, Ordering::Relaxed);
+        }
+        done.map(Some)
+    }
+
+    /// Ends a sweep that runs, and those to come: the agent is about to end.
+    pub fn stop_sweep(&self) {
+        self.stop_sweep.store(true, Ordering::Relaxed);
+    }
+
+    /// Bytes written to the directory since the start, and whether a chunk could not be, because it was being evicted.
+    /// If that stays so, whoever evicted it died, and a sweep cures it.
+    pub fn growth(&self) -> (u64, bool) {
+        (
+            self.stored_bytes.load(Ordering::Relaxed),
+            self.met_eviction.load(Ordering::Relaxed),
+        )
     }
 
     /// Numbers about the spill; zeros as long as nothing needed it.

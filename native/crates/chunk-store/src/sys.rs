@@ -121,6 +121,106 @@ pub fn lock_exclusive(fd: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
+fn try_flock(fd: BorrowedFd<'_>, operation: libc::c_int) -> io::Result<bool> {
+    loop {
+        // SAFETY: plain flock on an open descriptor.
+        return match check(unsafe { libc::flock(fd.as_raw_fd(), operation | libc::LOCK_NB) }) {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(e),
+        };
+    }
+}
+
+/// Takes the exclusive lock of the file if nobody holds it, or shares it.
+pub fn try_lock_exclusive(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    try_flock(fd, libc::LOCK_EX)
+}
+
+/// Shares the lock of the file, unless somebody holds it alone.
+pub fn try_lock_shared(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    try_flock(fd, libc::LOCK_SH)
+}
+
+/// Gives bytes of a file back to the file system; they read as zeros from then on.
+pub fn punch(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    let to_off =
+        |n| libc::off_t::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG));
+    let (offset, len) = (to_off(offset)?, to_off(len)?);
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    loop {
+        // SAFETY: plain fallocate on an open descriptor.
+        match check(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, len) }) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            other => return other.map(drop),
+        }
+    }
+}
+
+/// Whether any of the bytes take up space. File systems without the call say yes.
+pub fn has_data(fd: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+    let Ok(start) = libc::off_t::try_from(offset) else {
+        return false;
+    };
+    // SAFETY: plain lseek on an open descriptor, whose position nobody uses.
+    match check_off(unsafe { libc::lseek(fd.as_raw_fd(), start, libc::SEEK_DATA) }) {
+        Ok(found) => found < offset.saturating_add(len),
+        Err(e) => e.raw_os_error() != Some(libc::ENXIO),
+    }
+}
+
+fn check_off(result: libc::off_t) -> io::Result<u64> {
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Bytes of the file system that unprivileged users may still fill, and its size.
+pub fn free_bytes(fd: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+    // SAFETY: `statvfs` is plain old data, for which all zeros is a value.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `fd` is open and `stat` is valid for writes.
+    check(unsafe { libc::fstatvfs(fd.as_raw_fd(), &mut stat) })?;
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    Ok((bytes(stat.f_bavail), bytes(stat.f_blocks)))
+}
+
+/// What tells a file from all others as long as it exists: device and inode number.
+pub fn file_id(file: &File) -> io::Result<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().map(|m| (m.dev(), m.ino()))
+}
+
+/// Whether another process has the file open (as far as this user may see). Slow: looks at every descriptor.
+pub fn open_elsewhere(id: (u64, u64)) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let own = std::process::id().to_string();
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter(|p| {
+            let name = p.file_name();
+            let name = name.as_encoded_bytes();
+            name.iter().all(u8::is_ascii_digit) && name != own.as_bytes()
+        })
+        .filter_map(|p| std::fs::read_dir(p.path().join("fd")).ok())
+        .flatten()
+        .flatten()
+        .filter_map(|fd| std::fs::metadata(fd.path()).ok())
+        .any(|m| (m.dev(), m.ino()) == id)
+}
+
+/// Opens `name` in `dir` for reading and writing if it is there. Symbolic links are refused.
+pub fn open_existing_at(dir: BorrowedFd<'_>, name: &str) -> io::Result<Option<File>> {
+    let name = c_name(name)?;
+    let flags = libc::O_RDWR | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    // SAFETY: `name` is a C string; the result is checked.
+    match check(unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags) }) {
+        // SAFETY: a fresh descriptor that nobody else owns.
+        Ok(fd) => Ok(Some(unsafe { File::from_raw_fd(fd) })),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 /// Releases the lock of [`lock_exclusive`].
 pub fn unlock(fd: BorrowedFd<'_>) {
     // SAFETY: plain flock on an open descriptor.
