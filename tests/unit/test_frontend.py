@@ -28,6 +28,7 @@ from virtiofsd_rafs.native.frontend import (
     Target,
     pc_layout,
 )
+from virtiofsd_rafs.native.frontend_vmm import CLOUD_HYPERVISOR, CROSVM, QEMU_11
 from virtiofsd_rafs.native.vhost_user import Protocol, Request
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ VRINGS = [
 ]
 CALLS = ["SET_VRING_CALL+1"] * 2
 DRIVER_OK = ["RESET_DEVICE", *CALLS, "SET_FEATURES", "ADD_MEM_REG+1!", "ADD_MEM_REG+1!", *VRINGS]
-STOP = ["SET_VRING_ENABLE"] * 2 + ["GET_VRING_BASE"] * 2 + CALLS
+STOP = ["SET_VRING_ENABLE!"] * 2 + ["GET_VRING_BASE"] * 2 + CALLS
 
 
 def test_messages_come_in_qemus_order(sim: BackendSim, fe: Frontend) -> None:
@@ -87,6 +88,60 @@ def test_messages_come_in_qemus_order(sim: BackendSim, fe: Frontend) -> None:
     fe.resume(bases)
     fe.get_features()
     assert sim.messages == [*STOP, *CALLS, "SET_FEATURES", *VRINGS, "GET_FEATURES"]
+
+
+def test_qemu_11_has_descriptors_of_rings_acknowledged(sim: BackendSim) -> None:
+    """The same order as in QEMU 10, as a recording of QEMU 11.1.3 showed."""
+    with Frontend.connect(sim.socket, memory=16 * MiB, vmm=QEMU_11) as fe:
+        fe.start()
+        fe.resume(fe.stop())
+        fe.get_features()
+    order = [*REALIZE, *DRIVER_OK, *STOP, *CALLS, "SET_FEATURES", *VRINGS, "GET_FEATURES"]
+    rings = ("SET_VRING_CALL", "SET_VRING_ERR", "SET_VRING_KICK")
+    assert sim.messages == [f"{name}!" if name.startswith(rings) else name for name in order]
+
+
+def test_cloud_hypervisors_order(sim: BackendSim) -> None:
+    vrings = [
+        *["SET_VRING_NUM!"] * 2,
+        *["SET_VRING_ADDR!", "SET_VRING_BASE!", "SET_VRING_CALL+1!", "SET_VRING_KICK+1!"] * 2,
+        *["SET_VRING_ENABLE!"] * 2,
+    ]
+    activate = ["SET_FEATURES!", "SET_MEM_TABLE+2!", *vrings]
+    negotiate = [
+        "SET_OWNER",
+        "GET_FEATURES",
+        "GET_PROTOCOL_FEATURES",
+        "SET_PROTOCOL_FEATURES",
+        "GET_QUEUE_NUM!",
+    ]
+    with Frontend.connect(sim.socket, memory=16 * MiB, vmm=CLOUD_HYPERVISOR) as fe:
+        fe.start()
+        assert sim.messages == [*negotiate, *activate]
+        sim.messages.clear()
+        bases = fe.stop()
+        assert bases == []
+        fe.resume(bases)
+        assert sim.messages == ["SET_VRING_ENABLE!"] * 4
+        sim.messages.clear()
+        fe.reset()
+        assert sim.messages == [*["SET_VRING_ENABLE!", "GET_VRING_BASE!"] * 2, *activate]
+
+
+def test_crosvms_order(sim: BackendSim) -> None:
+    ring = ["SET_VRING_NUM", "SET_VRING_ADDR", "SET_VRING_BASE", "SET_VRING_CALL+1", "SET_VRING_KICK+1"]
+    activate = ["SET_MEM_TABLE+2", *[*ring, "SET_VRING_ENABLE"] * 2]
+    negotiate = ["SET_OWNER", "GET_FEATURES", "GET_PROTOCOL_FEATURES", "SET_PROTOCOL_FEATURES"]
+    with Frontend.connect(sim.socket, memory=16 * MiB, vmm=CROSVM) as fe:
+        fe.start()
+        bases = fe.stop()
+        fe.resume(bases)
+        fe.get_features()
+    assert bases == [0, 0]
+    assert sim.messages == [
+        *[*negotiate, "SET_BACKEND_REQ_FD+1", "GET_QUEUE_NUM", "SET_FEATURES", *activate],
+        *[*["SET_VRING_ENABLE", "GET_VRING_BASE"] * 2, *activate, "GET_FEATURES"],
+    ]
 
 
 def test_without_memory_slots_a_table_is_sent() -> None:

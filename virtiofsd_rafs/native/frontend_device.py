@@ -1,8 +1,9 @@
-"""The test front-end below FUSE: virtqueues and QEMU's message sequences.
+"""The test front-end below FUSE: virtqueues and the message sequences of VMMs.
 
 Every step can be taken alone, in any order and malformed (``frontend_link``), as conformance tests need;
-``realize``, ``driver_ok``, ``stop``, ``resume``, ``reset`` take them as QEMU 10 does. The rings are played by
-native code, which checks whatever the back-end does to them: see ``faults``.
+``realize``, ``driver_ok``, ``stop``, ``resume``, ``reset`` take them as a VMM does (``frontend_vmm``; QEMU 10
+unless told otherwise). The rings are played by native code, which checks whatever the back-end does to them:
+see ``faults``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from virtiofsd_rafs.errors import PeerError
 from virtiofsd_rafs.native._lib import ffi, lib
 from virtiofsd_rafs.native.frontend_link import (
     PAYLOAD_MAX,
@@ -25,18 +25,11 @@ from virtiofsd_rafs.native.frontend_link import (
     milliseconds,
     pc_layout,
 )
-from virtiofsd_rafs.native.vhost_user import (
-    GUEST_FEATURES,
-    QEMU_PROTOCOL,
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    Protocol,
-    Request,
-    Virtio,
-    u64_payload,
-)
+from virtiofsd_rafs.native.frontend_vmm import QEMU_10, Vmm
+from virtiofsd_rafs.native.vhost_user import Virtio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 
 @attrs.frozen
@@ -93,8 +86,9 @@ class Device(Link):
         queue_size: int = 1024,
         memory: int = 256 * MiB,
         regions: Sequence[Region] | None = None,
-        features: int = GUEST_FEATURES,
-        protocol_features: int = QEMU_PROTOCOL,
+        vmm: Vmm = QEMU_10,
+        features: int | None = None,
+        protocol_features: int | None = None,
         layout: Layout | None = None,
         reuse_newest: bool = True,
         timeout_s: float = 30.0,
@@ -105,8 +99,9 @@ class Device(Link):
             queues: Request queues, beside the hiprio queue.
             queue_size: Entries per queue, a power of two.
             memory: Bytes of guest memory, laid out as in a PC, when *regions* does not say otherwise.
-            features: Virtio features to take of those offered.
-            protocol_features: vhost-user protocol features to take of those offered.
+            vmm: In whose order messages are sent.
+            features: Virtio features to take of those offered, instead of the VMM's.
+            protocol_features: vhost-user protocol features to take of those offered, instead of the VMM's.
             layout: How requests are cut into descriptors.
             reuse_newest: Take the descriptor freed last, as Linux does, not the one freed first.
             timeout_s: For every wait that is not given its own.
@@ -114,96 +109,28 @@ class Device(Link):
         super().__init__(pc_layout(memory) if regions is None else regions, timeout_s)
         self.n_queues = queues + 1
         self.queue_size = queue_size
-        self.wanted_features = int(features)
-        self.wanted_protocol = int(protocol_features)
-        self.layout = layout or Layout(indirect=bool(features & Virtio.INDIRECT_DESC))
+        self.vmm = vmm
+        self.acks = vmm.acks
+        self.wanted_features = int(vmm.features if features is None else features)
+        self.wanted_protocol = int(vmm.protocol if protocol_features is None else protocol_features)
+        self.layout = layout or Layout(indirect=bool(self.wanted_features & Virtio.INDIRECT_DESC))
         self.reuse_newest = reuse_newest
+        self.offered = 0
+        """Virtio features that the back-end has; known after ``realize``."""
         self.features = 0
         """Virtio features that both sides have; known after ``realize``."""
         self._queue_fds: dict[int, tuple[int, int]] = {}
         self._unique = 2
 
-    # --- QEMU's sequences ---------------------------------------------------------------------------------
+    # --- the VMM's sequences ------------------------------------------------------------------------------
 
     def realize(self) -> None:
-        """What QEMU 10 sends when it creates the device (and resets the machine)."""
-        offered = self.get_features()
-        if offered & VHOST_USER_F_PROTOCOL_FEATURES:
-            self.set_protocol_features(self.get_protocol_features() & Protocol(self.wanted_protocol))
-        if self.protocol & Protocol.MQ:
-            n = self.get_queue_num()
-            if n < self.n_queues:
-                raise PeerError(f"the back-end has {n} queues, {self.n_queues} are wanted")
-        elif self.n_queues > 1 and self.wanted_protocol & Protocol.MQ:
-            raise PeerError("the back-end has one queue only: it does not offer MQ")
-        if self.protocol & Protocol.CONFIGURE_MEM_SLOTS:
-            self.get_max_mem_slots()
-        if self.protocol & Protocol.BACKEND_REQ:
-            self.set_backend_req_fd()
-        self.set_owner()
-        self.features = self.get_features() & (self.wanted_features | VHOST_USER_F_PROTOCOL_FEATURES)
-        for queue in range(self.n_queues):
-            self.set_vring_call(queue, self._spare_fd())
-            self.set_vring_err(queue, self._spare_fd())
-        self.reset_device()
-
-    def _spare_fd(self) -> int:
-        self._own_fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        return self._own_fds[-1]
+        """Creates the device."""
+        self.vmm.realize(self)
 
     def driver_ok(self) -> None:
-        """What QEMU 10 sends while a guest's driver resets the device and starts it, with empty rings."""
-        self.reset_device()
-        for queue in range(self.n_queues):
-            if queue in self._queue_fds:
-                self._control(queue, lib.VR_FRONTEND_RESET, 0)
-            else:
-                self.make_queue(queue)
-        self._start([0] * self.n_queues)
-
-    def make_queue(self, queue: int, *, size: int | None = None, base: int = 0) -> QueueInfo:
-        """Lays out an empty ring in guest memory, in place of an earlier one."""
-        flags = lib.VR_FRONTEND_EVENT_IDX if self.features & Virtio.EVENT_IDX else 0
-        flags |= lib.VR_FRONTEND_REUSE_NEWEST if self.reuse_newest else 0
-        out = ffi.new("uint64_t[8]")
-        wanted = self.queue_size if size is None else size
-        checked(lib.vr_frontend_queue_new(self._handle, queue, wanted, flags, self.layout.word(), base, out))
-        self._queue_fds[queue] = (int(out[6]), int(out[7]))
-        return self.queue_info(queue)
-
-    def kick_fd(self, queue: int) -> int:
-        return self._queue_fds[queue][0]
-
-    def _start(self, bases: Iterable[int]) -> None:
-        for queue in range(self.n_queues):
-            self.swap_call(queue)
-        self.set_features(self.features)
-        if self.protocol & Protocol.STATUS:
-            self._get(Request.GET_STATUS)
-            self.send_message(Request.SET_STATUS, u64_payload(8))
-        self._tell_regions()
-        for queue, base in enumerate(bases):
-            self.set_vring_num(queue, self.queue_size)
-            self.set_vring_base(queue, base)
-            self.set_vring_addr(queue)
-            # QEMU hands out its host notifiers already signalled, so that nothing in the ring is overlooked.
-            self.kick(queue)
-            self.set_vring_kick(queue, self.kick_fd(queue))
-        for queue in range(self.n_queues):
-            self.set_vring_enable(queue, True)
-        for queue in range(self.n_queues):
-            self.swap_call(queue)
-
-    def _tell_regions(self) -> None:
-        if self._told == self.regions:
-            return
-        if not self.protocol & Protocol.CONFIGURE_MEM_SLOTS:
-            self.set_mem_table(self.regions)
-            return
-        for old in [r for r in self._told if r not in self.regions]:
-            self.rem_mem_reg(old)
-        for new in [r for r in self.regions if r not in self._told]:
-            self.add_mem_reg(new)
+        """What a guest's driver makes the VMM send when it starts the device, with empty rings."""
+        self.vmm.driver_ok(self)
 
     def start(self) -> None:
         """Creates the device and starts the driver, as a VM's boot does."""
@@ -211,39 +138,76 @@ class Device(Link):
         self.driver_ok()
 
     def stop(self, timeout_s: float | None = None) -> list[int]:
-        """Stops the device as QEMU's ``stop`` does; returns the bases from which the rings go on.
+        """Pauses the VM; returns the bases from which the rings go on, if the VMM asks for them.
 
         From the last reply on, any write by the back-end into rings or buffers in flight is a fault, which is
         noticed by ``resume``, ``reset`` and ``check``. Load loops wait meanwhile.
         """
-        for queue in range(self.n_queues):
-            self._control(queue, lib.VR_FRONTEND_PAUSE)
-        for queue in range(self.n_queues):
-            self.set_vring_enable(queue, False)
-        bases = []
-        for queue in range(self.n_queues):
-            bases.append(self.get_vring_base(queue, timeout_s))
-            self._control(queue, lib.VR_FRONTEND_FREEZE)
-        for queue in range(self.n_queues):
-            self.set_vring_call(queue, self._spare_fd())
-        return bases
+        self._pause_queues()
+        return self.vmm.stop(self, timeout_s)
 
-    def resume(self, bases: Iterable[int]) -> None:
-        """Starts the device again with its rings as they are, as QEMU's ``cont`` does."""
+    def resume(self, bases: Sequence[int]) -> None:
+        """Lets the VM go on with its rings as they are; *bases* are those of ``stop``."""
         for queue in range(self.n_queues):
             self._control(queue, lib.VR_FRONTEND_THAW)
-        self._start(bases)
+        self.vmm.resume(self, bases)
         for queue in range(self.n_queues):
             self._control(queue, lib.VR_FRONTEND_RESUME)
 
     def reset(self) -> None:
-        """Resets the machine as QEMU's ``system_reset`` does; ``driver_ok`` boots the guest anew.
+        """Resets the device and boots the guest anew.
 
         Requests in flight are lost (``RequestLost``); writes into their buffers from now on are faults.
         """
-        self.stop()
-        self.reset_device()
-        self.driver_ok()
+        self._pause_queues()
+        self.vmm.reset(self)
+
+    def reconnect(self, where: str | os.PathLike[str]) -> None:
+        """Goes on with another back-end at the socket *where*, as a VMM does that has lost the one before.
+
+        Raises:
+            PeerError: this VMM does not do that.
+        """
+        self.attach(where)
+        self.vmm.reconnect(self)
+
+    def _pause_queues(self) -> None:
+        for queue in range(self.n_queues):
+            self._control(queue, lib.VR_FRONTEND_PAUSE)
+
+    def freeze(self, queue: int) -> None:
+        """From now on nothing may change in the queue's used ring and the buffers in flight."""
+        self._control(queue, lib.VR_FRONTEND_FREEZE)
+
+    def spare_fd(self) -> int:
+        """An eventfd that nobody listens to."""
+        self._own_fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        return self._own_fds[-1]
+
+    def make_empty_rings(self) -> None:
+        """Lays out all queues, in place of those of an earlier driver."""
+        for queue in range(self.n_queues):
+            if queue in self._queue_fds:
+                self._control(queue, lib.VR_FRONTEND_RESET, 0)
+            else:
+                self.make_queue(queue)
+
+    def make_queue(self, queue: int, *, size: int | None = None, base: int = 0) -> QueueInfo:
+        """Lays out an empty ring in guest memory, in place of an earlier one."""
+        flags = lib.VR_FRONTEND_EVENT_IDX if self.features_of_rings() & Virtio.EVENT_IDX else 0
+        flags |= lib.VR_FRONTEND_REUSE_NEWEST if self.reuse_newest else 0
+        out = ffi.new("uint64_t[8]")
+        wanted = self.queue_size if size is None else size
+        checked(lib.vr_frontend_queue_new(self._handle, queue, wanted, flags, self.layout.word(), base, out))
+        self._queue_fds[queue] = (int(out[6]), int(out[7]))
+        return self.queue_info(queue)
+
+    def features_of_rings(self) -> int:
+        """What the driver takes of what is offered."""
+        return self.offered & self.wanted_features
+
+    def kick_fd(self, queue: int) -> int:
+        return self._queue_fds[queue][0]
 
     # --- memory -------------------------------------------------------------------------------------------
 
@@ -251,15 +215,15 @@ class Device(Link):
         """Maps another region; the back-end is told if the device has been started."""
         self._map(region, {})
         mapped = next(r for r in self.regions if r.gpa == region.gpa)
-        if self._told:
-            self._tell_regions()
+        if self.told_regions:
+            self.vmm.tell_memory(self)
         return mapped
 
     def remove_region(self, gpa: int) -> None:
         """Takes a region away, from the back-end first. Nothing in it may be in use."""
         self.regions = [r for r in self.regions if r.gpa != gpa]
-        if self._told:
-            self._tell_regions()
+        if self.told_regions:
+            self.vmm.tell_memory(self)
         checked(lib.vr_frontend_region_remove(self._handle, gpa))
 
     def alloc(self, size: int, *, align: int = 8, region: int | None = None, at: int | None = None) -> int:

@@ -156,8 +156,11 @@ class Link:
         self.timeout_s = timeout_s
         self.protocol = Protocol(0)
         """The vhost-user protocol features in use."""
+        self.acks: frozenset[Request] | None = frozenset()
+        """Requests that are to be acknowledged once REPLY_ACK is in use; ``None`` stands for all."""
         self.regions: list[MappedRegion] = []
-        self._told: list[MappedRegion] = []
+        self.told_regions: list[MappedRegion] = []
+        """What the back-end has been told of them."""
         self._own_fds: list[int] = []
         self.backend_channel: socket.socket | None = None
         """Our end of the channel for the back-end's own requests."""
@@ -194,7 +197,12 @@ class Link:
         """Closes the connection, as a VMM that goes away. Memory and queues stay."""
         if self._handle is not None:
             checked(lib.vr_frontend_adopt(self._handle, -1))
-        self._told.clear()
+        self.forget_back_end()
+
+    def forget_back_end(self) -> None:
+        """Another back-end knows nothing of what was agreed with the one before."""
+        self.protocol = Protocol(0)
+        self.told_regions.clear()
         if self.backend_channel is not None:
             self.backend_channel.close()
             self.backend_channel = None
@@ -280,13 +288,14 @@ class Link:
         n_fds = min(header[2], _FDS_MAX)
         return Message(header[0], header[1], bytes(ffi.buffer(buf, n)), tuple(fds[i] for i in range(n_fds)))
 
-    def _get(self, request: Request, payload: bytes = b"") -> Message:
-        reply = self.send_message(request, payload)
+    def _get(self, request: Request, payload: bytes = b"", timeout_s: float | None = None) -> Message:
+        reply = self.send_message(request, payload, need_reply=self.acks is None, timeout_s=timeout_s)
         assert reply is not None
         return reply
 
-    def _acknowledged(self, request: Request, payload: bytes, fds: Sequence[int] = ()) -> None:
-        reply = self.send_message(request, payload, fds, need_reply=True)
+    def _tell(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        wanted = self.acks is None or request in self.acks
+        reply = self.send_message(request, payload, fds, need_reply=wanted)
         if reply is not None and reply.u64() != 0:
             raise PeerError(f"{request.name} was refused with {reply.u64()}")
 
@@ -295,14 +304,14 @@ class Link:
         return self._get(Request.GET_FEATURES).u64()
 
     def set_features(self, features: int) -> None:
-        self.send_message(Request.SET_FEATURES, u64_payload(features))
+        self._tell(Request.SET_FEATURES, u64_payload(features))
 
     def get_protocol_features(self) -> Protocol:
         """The vhost-user protocol features that the back-end offers."""
         return Protocol(self._get(Request.GET_PROTOCOL_FEATURES).u64())
 
     def set_protocol_features(self, features: Protocol) -> None:
-        self.send_message(Request.SET_PROTOCOL_FEATURES, u64_payload(features))
+        self._tell(Request.SET_PROTOCOL_FEATURES, u64_payload(features))
         self.protocol = features
 
     def get_queue_num(self) -> int:
@@ -311,45 +320,48 @@ class Link:
     def get_max_mem_slots(self) -> int:
         return self._get(Request.GET_MAX_MEM_SLOTS).u64()
 
+    def get_status(self) -> int:
+        return self._get(Request.GET_STATUS).u64()
+
     def set_owner(self) -> None:
-        self.send_message(Request.SET_OWNER)
+        self._tell(Request.SET_OWNER)
 
     def reset_device(self) -> None:
         if self.protocol & Protocol.RESET_DEVICE:
-            self.send_message(Request.RESET_DEVICE)
+            self._tell(Request.RESET_DEVICE)
         else:
-            self.send_message(Request.RESET_OWNER)
+            self._tell(Request.RESET_OWNER)
 
     def set_backend_req_fd(self) -> None:
         """Gives the back-end a channel for its own requests; our end is ``backend_channel``."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self._acknowledged(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+            self._tell(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         self.backend_channel = ours
 
     def add_mem_reg(self, region: MappedRegion) -> None:
-        self._acknowledged(Request.ADD_MEM_REG, single_region(region.describe()), [region.fd])
-        self._told.append(region)
+        self._tell(Request.ADD_MEM_REG, single_region(region.describe()), [region.fd])
+        self.told_regions.append(region)
 
     def rem_mem_reg(self, region: MappedRegion) -> None:
-        self._acknowledged(Request.REM_MEM_REG, single_region(region.describe()))
+        self._tell(Request.REM_MEM_REG, single_region(region.describe()))
         with contextlib.suppress(ValueError):
-            self._told.remove(region)
+            self.told_regions.remove(region)
 
     def set_mem_table(self, regions: Sequence[MappedRegion]) -> None:
         payload = region_table([r.describe() for r in regions])
-        self._acknowledged(Request.SET_MEM_TABLE, payload, [r.fd for r in regions])
-        self._told = list(regions)
+        self._tell(Request.SET_MEM_TABLE, payload, [r.fd for r in regions])
+        self.told_regions = list(regions)
 
     def set_vring_num(self, queue: int, num: int) -> None:
-        self.send_message(Request.SET_VRING_NUM, vring_state(queue, num))
+        self._tell(Request.SET_VRING_NUM, vring_state(queue, num))
 
     def set_vring_base(self, queue: int, base: int) -> None:
-        self.send_message(Request.SET_VRING_BASE, vring_state(queue, base))
+        self._tell(Request.SET_VRING_BASE, vring_state(queue, base))
 
     def set_vring_addr(self, queue: int) -> None:
         desc, avail, used = self.queue_info(queue).user_addresses
-        self.send_message(Request.SET_VRING_ADDR, vring_addr(queue, desc, used, avail))
+        self._tell(Request.SET_VRING_ADDR, vring_addr(queue, desc, used, avail))
 
     def set_vring_kick(self, queue: int, fd: int | None) -> None:
         self._set_vring_fd(Request.SET_VRING_KICK, queue, fd)
@@ -362,20 +374,14 @@ class Link:
 
     def _set_vring_fd(self, request: Request, queue: int, fd: int | None) -> None:
         payload = u64_payload(queue | (VRING_NO_FD if fd is None else 0))
-        self.send_message(request, payload, [] if fd is None else [fd])
+        self._tell(request, payload, [] if fd is None else [fd])
 
     def set_vring_enable(self, queue: int, enable: bool) -> None:
-        """QEMU waits for the acknowledgement when it enables, not when it disables."""
-        payload = vring_state(queue, int(enable))
-        if enable:
-            self._acknowledged(Request.SET_VRING_ENABLE, payload)
-        else:
-            self.send_message(Request.SET_VRING_ENABLE, payload)
+        self._tell(Request.SET_VRING_ENABLE, vring_state(queue, int(enable)))
 
     def get_vring_base(self, queue: int, timeout_s: float | None = None) -> int:
         """Stops the ring; returns the index from which it goes on."""
-        reply = self.send_message(Request.GET_VRING_BASE, vring_state(queue, 0), timeout_s=timeout_s)
-        assert reply is not None
+        reply = self._get(Request.GET_VRING_BASE, vring_state(queue, 0), timeout_s)
         if len(reply.payload) != 8:
             raise PeerError(f"the reply to GET_VRING_BASE has {len(reply.payload)} bytes, not 8")
         index, base = struct.unpack("<II", reply.payload)

@@ -116,6 +116,8 @@ class Virtio(enum.IntFlag):
     IOMMU_PLATFORM = 1 << 33
     RING_PACKED = 1 << 34
     IN_ORDER = 1 << 35
+    ORDER_PLATFORM = 1 << 36
+    NOTIFICATION_DATA = 1 << 38
     RING_RESET = 1 << 40
 
 
