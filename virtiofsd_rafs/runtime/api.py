@@ -1,4 +1,4 @@
-"""The HTTP API on the daemon's unix socket: state, status, health, metrics. Read-only.
+"""The HTTP API on the daemon's unix socket: state, status, health, metrics, and new credentials.
 
 Imported with the first connection, because aiohttp costs time and memory that most daemons never need.
 """
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from virtiofsd_rafs.errors import ConfigError
+from virtiofsd_rafs.runtime.renewal import parse_update
+
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
@@ -23,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 # A timer this short is late when the loop is busy, and nobody notices the wait for it.
 _LAG_PROBE_S = 0.005
+# Of the only request that has one.
+_MAX_BODY = 256 << 10
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -63,10 +68,22 @@ def make_app(view: View) -> web.Application:
         body = view.prometheus(await _loop_lag()).encode()
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    app = web.Application(middlewares=[_errors_as_json])
+    async def renew(request: web.Request) -> web.Response:
+        if "id" not in request.query:
+            raise ConfigError("the query has no id", remedy="name the mountpoint: ?id=/")
+        view.renewal.take(parse_update(await request.read()))
+        return web.Response(status=204)
+
+    async def renewed(_: web.Request) -> web.Response:
+        # nydusd answers with the values.
+        return _json(dict.fromkeys(view.renewal.names(), "***"))
+
+    app = web.Application(middlewares=[_errors_as_json], client_max_size=_MAX_BODY)
     app.router.add_get("/api/v1/daemon", daemon)
     app.router.add_get("/api/v1/status", status)
     app.router.add_get("/api/v1/trace", trace)
+    app.router.add_put("/api/v1/config", renew)
+    app.router.add_get("/api/v1/config", renewed)
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
@@ -87,6 +104,8 @@ async def _errors_as_json(
     """Errors in nydusd's form: ``{"code": ..., "message": ...}``."""
     try:
         return await handler(request)
+    except ConfigError as e:
+        return _json({"code": "UNDEFINED", "message": str(e)}, status=400)
     except web.HTTPException as e:
         return _json({"code": "UNDEFINED", "message": e.reason}, status=e.status)
     except Exception as e:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.native.session import Session
     from virtiofsd_rafs.runtime.agent import Agent
     from virtiofsd_rafs.runtime.mount import Mounted
+    from virtiofsd_rafs.runtime.renewal import Renewal
     from virtiofsd_rafs.runtime.view import View
 
 T = TypeVar("T")
@@ -45,10 +46,18 @@ _log = logging.getLogger(__name__)
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def main(session: Session, keeper: socket.socket, api: socket.socket, config: ServeConfig) -> int:
+def main(
+    session: Session,
+    keeper: socket.socket,
+    api: socket.socket,
+    config: ServeConfig,
+    *,
+    memory: int | None = None,
+) -> int:
     """Run control until the keeper goes; the exit code.
 
-    *keeper* is this end of the SOCK_SEQPACKET pair, *api* a listening unix socket. When the image cannot be
+    *keeper* is this end of the SOCK_SEQPACKET pair, *api* a listening unix socket, *memory* a memfd that a
+    successor gets, too. When the image cannot be
     served, the reason is printed, the keeper is told to end, and the error's exit code is returned. When a
     predecessor had mounted it, workers serve what is cached, and the keeper is left to try again.
     """
@@ -56,7 +65,7 @@ def main(session: Session, keeper: socket.socket, api: socket.socket, config: Se
     _raise_nofile()
     had_mount = session.mount_fds(MOUNT_INDEX) is not None
     try:
-        return _Control(session, keeper, api, config).run()
+        return _Control(session, keeper, api, config, memory).run()
     except VirtiofsdRafsError as e:
         print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr, flush=True)
         if not had_mount:
@@ -91,13 +100,21 @@ async def _unless(event: asyncio.Event, work: Coroutine[None, None, T]) -> T | N
 
 class _Control:
     def __init__(
-        self, session: Session, keeper: socket.socket, api: socket.socket, config: ServeConfig
+        self,
+        session: Session,
+        keeper: socket.socket,
+        api: socket.socket,
+        config: ServeConfig,
+        memory: int | None,
     ) -> None:
         self._session = session
         self._keeper = keeper
         self._api = api
         self._config = config
+        self._memory = memory
         self._source: BlobSource | None = None
+        self._agent: Agent | None = None
+        self._renewal: Renewal | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     def run(self) -> int:
@@ -114,6 +131,7 @@ class _Control:
         import asyncio
         import signal
 
+        from virtiofsd_rafs.runtime.renewal import Renewal
         from virtiofsd_rafs.runtime.view import View
 
         loop = asyncio.get_running_loop()
@@ -121,6 +139,7 @@ class _Control:
         loop.add_signal_handler(signal.SIGTERM, gone.set)
         loop.add_reader(self._keeper.fileno(), self._keeper_readable, gone)
         view = View(self._session, self._config)
+        view.renewal = self._renewal = Renewal(lambda: self._source, self._renewed, self._memory)
         stop_api = self._start_api(view)
         agent = None
         try:
@@ -167,7 +186,13 @@ class _Control:
             await loop.run_in_executor(None, import_module, module_of(image, backend))
             if self._source is None:
                 self._source = open_source(image, self._config, backend, self._reload())
+                if self._renewal is not None:
+                    self._renewal.opened(self._source)
         return self._source
+
+    def _renewed(self) -> None:
+        if self._agent is not None:
+            self._agent.renewed()
 
     def _close_source(self) -> None:
         """All of the image is here. Should a chunk be lost, the source is opened again."""
@@ -212,6 +237,7 @@ class _Control:
             started_ns=lambda: int(self._session.status()["session"]["init_ns"]),
             completed=self._close_source,
         )
+        self._agent = agent
         view.serving(mounted, agent)
         agent.start()
         if any(store.states(index).absent for index in mounted.blob_ids):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from virtiofsd_rafs.errors import SocketSetupError, VirtiofsdRafsError
 from virtiofsd_rafs.native.session import ForkControl, Session
+from virtiofsd_rafs.runtime.environment import hide_secrets, reveal_secrets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,33 +79,46 @@ def serve(config: ServeConfig) -> int:
     try:
         api = bind_socket(config.api_socket, mode=0o600)
         paths.append(config.api_socket)
+        private = _Private(api, os.memfd_create("rafs-renewed", os.MFD_CLOEXEC), hide_secrets())
         session = Session.create(listener.detach(), io_deadline_s=config.io_deadline_s, keep=config.keep)
-        return _run(session, api, config)
+        return _run(session, private, config)
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
 
 
-def _run(session: Session, api: socket.socket, config: ServeConfig) -> int:
+class _Private(NamedTuple):
+    """What each control inherits, and no worker."""
+
+    api: socket.socket
+    renewed: int
+    """memfd with the credentials that came by the API."""
+    environment: int | None
+    """memfd with those of the environment."""
+
+
+def _run(session: Session, private: _Private, config: ServeConfig) -> int:
     while True:
         event = session.run()
         if not isinstance(event, ForkControl):
             return event
         pid = os.fork()
         if pid == 0:
-            os._exit(_control(session, event.fd, api, config))
+            os._exit(_control(session, event.fd, private, config))
         os.close(event.fd)
         session.control_started(pid)
 
 
-def _control(session: Session, keeper_fd: int, api: socket.socket, config: ServeConfig) -> int:
+def _control(session: Session, keeper_fd: int, private: _Private, config: ServeConfig) -> int:
     """The life of control, in the child. Nothing of the parent's may run when it ends."""
     try:
-        session.become_control([keeper_fd, api.fileno()])
+        memory = [fd for fd in (private.renewed, private.environment) if fd is not None]
+        session.become_control([keeper_fd, private.api.fileno(), *memory])
+        reveal_secrets(private.environment)
         from virtiofsd_rafs.runtime import control
 
         keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=keeper_fd)
-        return control.main(session, keeper, api, config)
+        return control.main(session, keeper, private.api, config, memory=private.renewed)
     except VirtiofsdRafsError as e:
         print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr)
         return e.exit_code

@@ -15,6 +15,7 @@ from virtiofsd_rafs import __version__
 from virtiofsd_rafs.native.store import paths
 from virtiofsd_rafs.runtime.first_start import is_complete
 from virtiofsd_rafs.runtime.metrics import Metrics, Sample, Stalls, render
+from virtiofsd_rafs.runtime.renewal import Renewal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,8 @@ class View:
         self._agent: Agent | None = None
         self._names: dict[int, str] = {}
         self.metrics = Metrics()
+        self.renewal = Renewal(lambda: None, lambda: None)
+        """Takes new credentials; control puts its own here."""
 
     def serving(self, mounted: Mounted, agent: Agent) -> None:
         """The image is mounted and its posts are served from now on."""
@@ -170,6 +173,7 @@ class View:
                 "first_start": self._agent.first_start.status(),
                 "chunks_waiting": planner.waiting,
                 "fetches_in_flight": planner.in_flight,
+                "sources": [attrs.asdict(place) for place in self.renewal.report()],
                 "cache": {
                     "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
                     **self._mounted.store.stats()._asdict(),
@@ -313,6 +317,14 @@ class View:
         touched = sum(store.touched_counts(index).n_chunks for index in self._mounted.blob_ids)
         samples.append(Sample("cache_chunks_touched", touched))
         samples += [Sample("cache_chunks", n, (("state", state),)) for state, n in totals.items()]
+        for place in self.renewal.report():
+            label = (("source", place.source),)
+            samples += [
+                Sample("source_requests_total", place.requests, label),
+                Sample("source_errors_total", place.errors, label),
+                Sample("source_bytes_total", place.bytes, label),
+                Sample("source_resting", int(place.state == "resting"), label),
+            ]
         return samples
 
 
