@@ -434,3 +434,37 @@ def test_pauses_end_when_their_reason_may_be_gone() -> None:
     p.retry_now()
     assert ranges(p, 1.0) == [(1,), (2,)]
     assert p.next_event() is None
+
+
+def test_each_request_gets_a_last_try_before_its_end() -> None:
+    """Requests of one chunk end at 12 and at 20; a reminder of the first one prolongs nothing."""
+    p = planner(Blob([10]), io_deadline_s=12.0, retry_first_s=100.0, retry_cap_s=100.0)
+    post(p, 0)
+    assert p.post((0, 0), 2.0, WHO, 0.0) is Posted.JOINED
+    assert p.post((0, 0), 9.0, WHO, 8.0) is Posted.JOINED
+    tries = []
+    now: float | None = 0.0
+    while now is not None:
+        for fetch in p.next_fetches(now):
+            tries.append(now)
+            p.failed(fetch.fetch_id, now)
+        now = p.next_event()
+    assert tries == [0.0, 11.0, 19.0]
+    assert (p.waiting, p.counters.expired) == (0, 1)
+
+
+def test_a_server_that_asks_for_a_pause_is_not_asked_earlier() -> None:
+    p = planner(Blob([10]), io_deadline_s=12.0)
+    post(p, 0)
+    (fetch,) = p.next_fetches(0.0)
+    p.failed(fetch.fetch_id, 0.0, retry_after_s=11.5)
+    assert p.next_event() == 11.5
+
+
+def test_bad_bytes_are_not_asked_for_at_the_end_of_each_request() -> None:
+    p = planner(Blob([10]), io_deadline_s=12.0, retry_first_s=100.0, retry_cap_s=100.0)
+    post(p, 0)
+    p.post((0, 0), 4.0, WHO, 4.0)
+    (fetch,) = p.next_fetches(0.0)
+    p.stored(fetch.fetch_id, [0], 5.0)
+    assert p.next_event() == 15.0

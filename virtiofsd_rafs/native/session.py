@@ -24,7 +24,7 @@ KILL, HANG, ABORT = 1, 2, 3
 
 
 class Post(NamedTuple):
-    """A chunk that a parked request waits for. ``time_ns`` is CLOCK_MONOTONIC."""
+    """A chunk that a parked request waits for, since ``time_ns`` (CLOCK_MONOTONIC)."""
 
     mount: int
     blob_index: int

@@ -184,7 +184,7 @@ class Agent:
         for post in self._session.posts():
             # One image per daemon: another mount's number cannot be meant.
             key = (post.blob_index if post.mount == 0 else -1, post.chunk_index)
-            posted = self.planner.post(key, now, Origin(post.nodeid, post.file_offset))
+            posted = self.planner.post(key, now, Origin(post.nodeid, post.file_offset), post.time_ns / 1e9)
             if posted is Posted.READY:
                 ready = True
                 self._suspect(key, now)

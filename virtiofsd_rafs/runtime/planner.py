@@ -41,7 +41,8 @@ MAX_RETRY_AFTER_S = 30.0
 # Errors that another try seldom cures (not found, refused) are tried again too, because credentials are
 # renewed and blobs uploaded meanwhile, but more slowly.
 HOPELESS_FACTOR = 4.0
-# The last try of a want is made when this part of the deadline is left.
+# The last try for a request is made when this is left of its deadline, in seconds or as a part of it.
+LAST_TRY_S = 1.0
 LAST_TRY = 1 / 12
 # What one fetch may turn into when it is decoded, as a multiple of ``amplify``: an image whose chunks shrink
 # a thousandfold must not make a small read decode gigabytes.
@@ -117,8 +118,8 @@ class Planner:
 
     # -- what happens ---------------------------------------------------------------------------------------
 
-    def post(self, key: Key, now: float, origin: Origin) -> Posted:
-        """A worker waits for chunk *key*."""
+    def post(self, key: Key, now: float, origin: Origin, since: float | None = None) -> Posted:
+        """A worker waits for chunk *key*, for a request that it took at *since* (now when nobody says)."""
         self.counters.posts += 1
         chunks = self._blobs.get(key[0])
         if chunks is None or not chunks.promised(key[1]):
@@ -126,25 +127,26 @@ class Planner:
             return Posted.INVALID
         if chunks.ready(key[1]):
             return Posted.READY
-        deadline = now + self._io_deadline_s
+        taken = now if since is None else min(now, max(since, now - self._io_deadline_s))
+        deadline = taken + self._io_deadline_s
         waiting = self._queue.get(key) or self._delayed.get(key) or self._verifying.get(key)
         if waiting is not None:
-            waiting.deadline = deadline
+            waiting.wait(deadline)
             return Posted.JOINED
         fetch = self._fetching.get(key)
         if fetch is not None:
             want = fetch.wants.get(key[1])
             if want is None:
-                fetch.wants[key[1]] = Want(key, origin, now, deadline)
+                fetch.wants[key[1]] = want = Want(key, origin, now, deadline)
                 if fetch.reason == "demand":
                     self.counters.read_ahead_used += 1
                 else:
                     self.counters.prefetch_used += 1
                     self._demanding += 1 if len(fetch.wants) == 1 else 0
-            else:
-                want.deadline = deadline
+            want.wait(deadline)
             return Posted.JOINED
         want = Want(key, origin, now, deadline)
+        want.wait(deadline)
         if chunks.unverified(key[1]):
             self._verifying[key] = want
             self._verify_next.append(key)
@@ -212,15 +214,19 @@ class Planner:
     def _retry(self, want: Want, now: float, pause: float, asked: float = 0.0) -> None:
         """Tries again after *pause*, of which the server asked for *asked* seconds at least.
 
-        A pause that reaches past the deadline is cut short for one last try: the source may be back by then.
+        A pause that reaches past the end of a request, or so close to it that a try would come too late, is
+        cut short for one last try: the source may be back by then. For bytes that were bad, only the last
+        request counts: time does not mend them.
         """
         want.attempts += 1
+        reserve = min(LAST_TRY_S, self._io_deadline_s * LAST_TRY)
+        end = want.deadline if want.alone else want.next_due(now + reserve)
         at = now + pause
+        if now < end - reserve < at:
+            at = max(end - reserve, now + asked)
         if at >= want.deadline:
-            at = want.deadline - self._io_deadline_s * LAST_TRY
-            if at <= now + asked:
-                self.counters.expired += 1
-                return
+            self.counters.expired += 1
+            return
         self.counters.retries += 1
         self._delayed[want.key] = want
         heapq.heappush(self._delayed_heap, (at, next(self._sequence), want.key))

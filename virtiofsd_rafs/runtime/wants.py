@@ -10,6 +10,9 @@ import attrs
 if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.layout import Key
 
+# Requests of one chunk whose ends are known apart: the worker may send posts as it likes.
+_MAX_DUES = 256
+
 Reason = Literal["demand", "prefetch", "fill"]
 """Why a fetch was started."""
 
@@ -42,9 +45,23 @@ class Want:
     origin: Origin
     first_posted: float
     deadline: float
+    """When the last request that waits for it fails."""
     attempts: int = 0
     alone: bool = False
     """Its bytes were bad: fetch it by itself."""
+    _dues: set[float] = attrs.Factory(set)
+
+    def wait(self, deadline: float) -> None:
+        """A request waits for it until *deadline*."""
+        if len(self._dues) < _MAX_DUES:
+            self._dues.add(deadline)
+        self.deadline = max(self.deadline, deadline)
+
+    def next_due(self, now: float) -> float:
+        """When the next of the requests fails, after *now*; the deadline when nobody waits any more."""
+        if len(self._dues) > 1:
+            self._dues = {due for due in self._dues if due > now}
+        return min(self._dues, default=self.deadline)
 
 
 @attrs.define(eq=False)

@@ -19,7 +19,7 @@ pub struct Post {
     pub nodeid: u64,
     /// Offset in the file, in bytes.
     pub file_offset: u64,
-    /// When the request was parked, CLOCK_MONOTONIC.
+    /// When the request was taken from its ring, CLOCK_MONOTONIC.
     pub time_ns: u64,
 }
 

@@ -45,13 +45,15 @@ pub struct Parking {
 
 impl Parking {
     /// Asks control for `chunk` unless this was done before; false when the ring is full.
+    ///
+    /// `since_ns` is when the request was taken: control tries until its time is over, not longer.
     pub fn post(
         &mut self,
         ring: &PostRing,
         chunk: ChunkId,
         nodeid: u64,
         file_offset: u64,
-        now_ns: u64,
+        since_ns: u64,
     ) -> bool {
         if self.posted.contains(&chunk) {
             return true;
@@ -62,7 +64,7 @@ impl Parking {
             chunk_index: chunk.chunk_index,
             nodeid,
             file_offset,
-            time_ns: now_ns,
+            time_ns: since_ns,
         });
         if pushed {
             self.posted.insert(chunk);

@@ -336,10 +336,13 @@ impl Server {
         let now = clock::now_ns();
         let mut posted_ns = now;
         for &(chunk, file_offset) in &self.reader.missing {
-            if !self
-                .parking
-                .post(&thread.posts, chunk, header.nodeid, file_offset, now)
-            {
+            if !self.parking.post(
+                &thread.posts,
+                chunk,
+                header.nodeid,
+                file_offset,
+                at.taken_ns,
+            ) {
                 posted_ns = 0;
             }
         }

@@ -350,7 +350,7 @@ impl RingThread {
                 self.step();
             } else {
                 let mut parked = *parked;
-                if now.saturating_sub(parked.posted_ns) > REPOST_NS && self.repost(&parked, now) {
+                if now.saturating_sub(parked.posted_ns) > REPOST_NS && self.repost(&parked) {
                     parked.posted_ns = now;
                 }
                 self.server.parking.list.push(parked);
@@ -376,11 +376,17 @@ impl RingThread {
         );
     }
 
-    fn repost(&mut self, parked: &Parked, now: u64) -> bool {
+    fn repost(&mut self, parked: &Parked) -> bool {
         let parking = &mut self.server.parking;
         parking.forget_post(parked.missing);
         let posts = &self.server.shared.thread(self.index).posts;
-        parking.post(posts, parked.missing, parked.nodeid, parked.offset, now)
+        parking.post(
+            posts,
+            parked.missing,
+            parked.nodeid,
+            parked.offset,
+            parked.taken_ns,
+        )
     }
 
     pub(crate) fn finish_pool(&mut self) {
