@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 from typing import TYPE_CHECKING
@@ -296,8 +297,16 @@ def test_command(tmp_path: Path) -> None:
     assert str(tree.blobs[0].blob_id) in run.output
 
 
-@pytest.mark.parametrize("size", ["", "M", "1G", "-4K", "1.5M", "4096x"])
-def test_command_refuses_sizes(tmp_path: Path, size: str) -> None:
-    run = CliRunner().invoke(cli, ["build", str(tmp_path), "-o", "/nowhere", "--chunk-size", size])
-    assert run.exit_code == 2
-    assert "is not a size" in run.output
+def test_command_prints_json(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/f").write_bytes(b"x" * 5000)
+    (tmp_path / "list").write_text("/f\n/gone\n")
+    options = ["-o", f"{tmp_path}/out", "--json", "-j", "3", "--prefetch-files", f"{tmp_path}/list"]
+    run = CliRunner().invoke(cli, ["build", f"{tmp_path}/src", *options])
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.stdout)
+    assert (tmp_path / "out" / found["blob_id"]).stat().st_size == found["blob_size"]
+    assert (found["inodes"], found["chunks"], found["content_size"], found["jobs"]) == (2, 1, 5000, 3)
+    assert found["prefetch"] == {"entries": 1, "missing": ["/gone"]}
+    assert found["seconds"]["total"] >= found["seconds"]["content"] >= 0
+    assert run.stderr == f"not in {tmp_path}/src: /gone\n"

@@ -31,11 +31,23 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_that_cannot_be_made(tree: Path) -> None:
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("plain/image", "Not a directory"),
+        ("plain", "Not a directory"),
+        ("n" * 256, "File name too long"),
+        ("/proc/image", "No such file or directory"),
+    ],
+)
+def test_a_folder_for_an_image_that_cannot_be_used(tree: Path, output: str, reason: str) -> None:
     (tree / "plain").touch()
-    done = run("build", "tree", "-o", "plain/image", cwd=tree)
+    done = run("build", "tree", "-o", output, cwd=tree)
     assert done.returncode == 1
-    assert done.stderr == f"virtiofsd-rafs: system.error: {tree}/plain/image: Not a directory\n"
+    assert done.stderr == (
+        f"virtiofsd-rafs: output.unusable: cannot write to {tree / output}: {reason}"
+        " (choose another folder with -o)\n"
+    )
 
 
 def test_output_that_cannot_be_written(tree: Path) -> None:

@@ -86,6 +86,17 @@ def test_sound_image(image: Path, built: BuildResult) -> None:
     assert report["blobs_read"] == [built.blob_id]
 
 
+@pytest.mark.parametrize(("n", "said"), [(1, "; 1 fault\n"), (2, "; 2 faults\n")])
+def test_faults_are_counted_in_words(image: Path, n: int, said: str) -> None:
+    offset = Tree.parse((image / "image.boot").read_bytes()).superblock.ext.chunk_table_offset
+    # What the prefetch table names must exist; the chunk table holds plenty of numbers that are no nids.
+    patch(image / "image.boot", c.EXT_SUPER_OFFSET + 40, struct.pack("<QI", offset, 4 * n))
+    done = run("check", image / "image.boot", "--metadata-only")
+    assert done.exit_code == 3
+    assert done.output.endswith(said)
+    assert "prefetch table: image.malformed: no name leads to nid" in done.output
+
+
 def test_blob_elsewhere(image: Path, tmp_path: Path, built: BuildResult) -> None:
     (tmp_path / "blobs").mkdir()
     blob_of(image).rename(tmp_path / "blobs" / str(built.blob_id))

@@ -73,7 +73,8 @@ def _print(report: Report, *, as_json: bool) -> None:
         click.echo(f"{finding.where}: {finding.msgid}: {finding.message}")
     for blob in report.blobs_missing:
         click.echo(f"blob {blob} is not beside the bootstrap and was not read (--blob-dir)")
+    n = len(report.findings)
     click.echo(
         f"{report.n_names} names, {report.n_inodes} inodes, {report.n_chunks} chunks,"
-        f" {report.n_chunks_verified} of them verified; {len(report.findings) or 'no'} faults"
+        f" {report.n_chunks_verified} of them verified; {n or 'no'} fault{'' if n == 1 else 's'}"
     )

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.backends.config import RegistryAccess
 
 
+_SHOWN_PREFETCH = 5
+
+
 @click.command()
 @click.argument("image")
 @click.argument("path", required=False)
@@ -103,6 +106,10 @@ def _summary_lines(s: dict[str, Any]) -> Iterator[str]:
     ratio = f", ratio {s['compression_ratio']}" if s["compression_ratio"] else ""
     stored = f"{s['chunks']} chunks, stored in {s['stored_bytes']}{ratio}"
     yield f"content    {s['content_size']} bytes in {stored}"
+    if s["prefetch"]:
+        shown = [each["path"] or f"nid {each['nid']}" for each in s["prefetch"][:_SHOWN_PREFETCH]]
+        more = len(s["prefetch"]) - len(shown)
+        yield f"prefetch   {', '.join(shown)}{f' and {more} more' if more else ''}"
     for blob in s["blobs"]:
         yield f"blob {blob['index']}     {blob['id']}"
         yield f"           {blob['compressed_size']} bytes, {blob['chunks']} chunks"

@@ -27,12 +27,17 @@ _KINDS = {
 def summarize(tree: Tree) -> dict[str, Any]:
     """Superblock, blobs, counts and sizes of the whole image.
 
-    ``content`` counts the bytes of each file once, ``chunks`` each chunk of the table once. Raises BadImage.
+    ``content`` counts the bytes of each file once, ``chunks`` each chunk of the table once. ``prefetch`` has
+    the entries of the prefetch table in their order. Raises BadImage.
     """
     sb = tree.superblock
     counts = dict.fromkeys(dict.fromkeys(_KINDS.values()), 0)
     content, names, seen = 0, 0, set()
-    for _, inode in walk(tree):
+    # nid -> path of what the prefetch table names
+    prefetch: dict[int, str | None] = dict.fromkeys(tree.prefetch_nids())
+    for path, inode in walk(tree):
+        if inode.nid in prefetch and prefetch[inode.nid] is None:
+            prefetch[inode.nid] = _text(path)
         names += 1
         if inode.nid not in seen:
             seen.add(inode.nid)
@@ -57,6 +62,7 @@ def summarize(tree: Tree) -> dict[str, Any]:
         "chunk_bytes": sum(chunk.uncompressed_size for chunk in chunks),
         "stored_bytes": stored,
         "compression_ratio": round(content / stored, 3) if stored else None,
+        "prefetch": [{"nid": nid, "path": path} for nid, path in prefetch.items()],
         "blobs": [_blob(blob) for blob in tree.blobs],
     }
 

@@ -7,6 +7,7 @@ are called.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -24,8 +25,6 @@ from virtiofsd_rafs.rafs import c_rafs_v6 as c
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-    from virtiofsd_rafs.image.prefetch_list import PrefetchEntry
 
 BOOTSTRAP_NAME = "image.boot"
 DEFAULT_CHUNK_SIZE = 1 << 20
@@ -62,7 +61,7 @@ def build_image(
     digester: str = "blake3",
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     jobs: int | None = None,
-    prefetch: Iterable[PrefetchEntry] = (),
+    prefetch: Iterable[tuple[bytes, int, int | None]] = (),
     watch: Callable[[Progress], None] | None = None,
 ) -> BuildResult:
     """Writes ``image.boot`` and the blob, named by its sha256, into *out_dir*, which is made if missing.
@@ -72,7 +71,8 @@ def build_image(
     appear whole or not at all. *jobs* threads compress, by default one per CPU.
 
     Chunks stand in the blob in the order of the tree, those of *prefetch* before them in the order of that
-    list; the image's prefetch table names what is listed. *watch* is called now and then with the progress.
+    list: paths inside the image, offsets and lengths (None: to the end); a directory stands for all files in
+    it. The image's prefetch table names what is listed. *watch* is called now and then with the progress.
 
     Raises ConfigError, BuildError (with the path and the reason), or OutputError for *out_dir*.
     """
@@ -94,7 +94,7 @@ def build_image(
             Builder(source, out, chunk_size=chunk_size, compressor=kinds[0], digester=kinds[1], jobs=n_jobs)
         ) as builder,
     ):
-        listed = [(entry.path, builder.prefetch(*entry)) for entry in prefetch]
+        listed = [(entry[0], builder.prefetch(*entry)) for entry in prefetch]
         totals = builder.run(blob_file.fileno(), watch)
         stored = time.monotonic()
         record = None
@@ -157,8 +157,9 @@ def _output(folder: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as e:
-        reason = os.strerror(e.errno) if e.errno else str(e)
-        raise OutputError(folder, reason) from e
+        # mkdir says of a file in its place that it exists.
+        code = errno.ENOTDIR if isinstance(e, FileExistsError) else e.errno
+        raise OutputError(folder, os.strerror(code) if code else str(e)) from e
 
 
 @contextmanager

@@ -113,6 +113,9 @@ class _TreeCheck:
             stack.extend(reversed(self._directory(path, inode, parent)))
         self.report.n_inodes = len(self.names_of)
         self.report.n_names = sum(self.names_of.values())
+        for nid in self.tree.prefetch_nids():
+            if nid not in self.names_of:
+                self.report.fault("prefetch table", f"no name leads to nid {nid}")
         if self.has_xattrs and not self.tree.superblock.has_xattr:
             self.report.fault("extended superblock.flags", "HAS_XATTR is not set, yet there are attributes")
 

@@ -53,7 +53,8 @@ class Plan(NamedTuple):
 
 def printable(path: bytes) -> str:
     """*path* for a message: one line, whatever bytes it has; the root is "."."""
-    return ascii(os.fsdecode(path))[1:-1] if not path.isascii() or b"\n" in path else path.decode() or "."
+    text = os.fsdecode(path) or "."
+    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
 def _buffer(data: bytes) -> Any:

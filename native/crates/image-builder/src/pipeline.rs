@@ -600,7 +600,9 @@ impl Worker<'_> {
                 .try_for_each(|(data, chunk)| self.chunk(data, number, chunk, done))
                 .and_then(|()| unchanged(piece, file)),
             Ok(_) => Err(changed(piece)),
-            Err(e) => Err(BuildError::system(&piece.path.full(), &e)),
+            // What cannot be read like a file may be none any more.
+            Err(e) => unchanged(piece, file)
+                .and_then(|()| Err(BuildError::system(&piece.path.full(), &e))),
         };
         self.buffer = buffer;
         (want as u64, outcome)
@@ -711,3 +713,7 @@ fn write<S: Sink>(shared: &Shared, options: &Options, sink: &mut S) -> Result<()
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "pipeline_tests.rs"]
+mod tests;

@@ -10,6 +10,16 @@ use crate::pipeline::{Feed, Feeder, FilePath, join};
 use crate::scan::list_dir;
 use crate::source::{self, Stat};
 
+/// What the system says of a path that leads to nothing in the tree; EINVAL of one that holds NUL.
+const ABSENT: [i32; 6] = [
+    libc::ENOENT,
+    libc::ENOTDIR,
+    libc::ELOOP,
+    libc::EXDEV,
+    libc::ENAMETOOLONG,
+    libc::EINVAL,
+];
+
 /// The list, resolved.
 #[derive(Default)]
 pub struct Listed {
@@ -42,12 +52,7 @@ impl Listed {
         let failed = |e| BuildError::system(path, &e);
         let fd = match source::open_in_root(top, path) {
             Ok(fd) => fd,
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::EXDEV)
-                ) =>
-            {
+            Err(e) if e.raw_os_error().is_some_and(|code| ABSENT.contains(&code)) => {
                 return Ok(false);
             }
             Err(e) => return Err(failed(e)),

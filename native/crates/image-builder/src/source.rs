@@ -137,13 +137,14 @@ pub fn open_file(top: BorrowedFd<'_>, path: &[u8]) -> io::Result<File> {
     open_below(top, path, libc::O_RDONLY | libc::O_NONBLOCK).map(File::from)
 }
 
-/// Opens `path` in the tree `top` as a process would whose root that is: symbolic links in it lead nowhere else.
+/// Opens what `path` leads to in the tree `top`, as for a process whose root that is: symbolic links, the last one too,
+/// lead to files of the tree only.
 pub fn open_in_root(top: BorrowedFd<'_>, path: &[u8]) -> io::Result<OwnedFd> {
     let path = c_string(path)?;
     // SAFETY: all zero is a valid open_how.
     let mut how: libc::open_how = unsafe { MaybeUninit::zeroed().assume_init() };
-    how.flags = (libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) as u64;
-    how.resolve = libc::RESOLVE_IN_ROOT;
+    how.flags = (libc::O_PATH | libc::O_CLOEXEC) as u64;
+    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
     // SAFETY: the path ends with NUL, the size is that of `how`; the descriptor that comes back is nobody else's.
     unsafe {
         let fd = check(libc::syscall(
