@@ -11,6 +11,7 @@ have_rust() {
 }
 have_rustfmt() { command -v rustfmt >/dev/null; }
 have_clippy() { command -v cargo-clippy >/dev/null; }
+have_chromium() { command -v chromium-headless-shell >/dev/null || command -v chromium >/dev/null; }
 have_qemu() {
     command -v qemu-system-x86_64 >/dev/null &&
         version_at_least "$(qemu-system-x86_64 --version | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p')" 10
@@ -47,6 +48,8 @@ install_build_tools() {
     want clippy have_clippy rust-web-clippy
     want docker-registry "is docker-registry" docker-registry
     want openssl "is openssl" openssl
+    # The page of a report is looked at by a browser; this one has no window and is a third of the size.
+    want chromium have_chromium chromium-headless-shell
     want erofs-utils "is fsck.erofs" erofs-utils
     # A registry for tests is started by the tests. The package's own service would listen on all interfaces.
     case " ${MISSING_PACKAGES[*]} " in

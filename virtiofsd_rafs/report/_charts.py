@@ -27,6 +27,8 @@ _MARK_GAP = 0.0004
 # Event numbers nearer than this would cover each other on a phone.
 _FLAG_GAP = 0.058
 _MAX_FLAG_LANES = 6
+# With more rows than this, a browser lays out only those that are seen.
+_MANY_ROWS = 500
 _PHASE_NAMES = {"download": "pull", "unpack": "unpack", "kernel": "kernel", "user": "user space"}
 
 
@@ -97,13 +99,15 @@ def race(reports: Sequence[Report]) -> str:
     shown = [report for report in reports if report.bytes]
     slowest = max(report.end_s for report in reports)
     most = max(report.bytes for report in shown)
-    paths, legend = [], []
+    paths, dots, legend = [], [], []
     for i, report in enumerate(shown):
         good = [fetch for fetch in report.fetches if fetch.ok]
         times = [report.end_s * n / _SAMPLES for n in range(_SAMPLES + 1)]
         points = [(t, sum(row)) for t, row in zip(times, _arrived(good, times), strict=True)]
         path = "M" + "L".join(f"{1000 * t / slowest:.1f} {200 - 200 * y / most:.1f}" for t, y in points)
         paths.append(f'<path class="c{i % 4}" vector-effect="non-scaling-stroke" d="{path}"/>')
+        place = f"left:{pct(report.end_s, slowest)};top:{200 - 200 * report.bytes / most:.1f}px"
+        dots.append(f'<i class="dot c{i % 4}" style="{place}"></i>')
         legend.append(
             '<li><svg class="curves" viewBox="0 0 30 8" aria-hidden="true">'
             f'<path class="c{i % 4}" d="M0 4H30"/></svg>'
@@ -115,7 +119,7 @@ def race(reports: Sequence[Report]) -> str:
         f"{grid(0, slowest)}"
         '<svg class="curves" viewBox="0 0 1000 200" height="200" preserveAspectRatio="none"'
         ' aria-hidden="true">'
-        f"{''.join(paths)}</svg></div>{axis(0, slowest)}</div>"
+        f"{''.join(paths)}</svg>{''.join(dots)}</div>{axis(0, slowest)}</div>"
     )
 
 
@@ -215,7 +219,7 @@ def _area(report: Report) -> str:
         areas.append(f'<path class="a-{reason_class(reason)}" d="M{"L".join(edge + back[::-1])}Z"/>')
         below = above
     return (
-        '<p class="track-name">bytes fetched</p><div class="plot" role="img"'
+        '<p class="track-name">bytes fetched</p><div class="plot area" role="img"'
         f' aria-label="Bytes fetched over time, {amount(report.bytes)} in the end">'
         f'<span class="top num">{amount(report.bytes)}</span>'
         '<svg viewBox="0 0 1000 150" height="150" preserveAspectRatio="none" aria-hidden="true">'
@@ -288,12 +292,13 @@ def waterfall(report: Report, number: int) -> str:
             ]
         )
     block = data_block(f"data{number}", {"texts": list(texts), "fields": _FIELDS, "fetches": data})
+    style = "rows many" if len(rows) > _MANY_ROWS else "rows"
     name = f"{count(len(rows), 'fetch', 'fetches')} of {report.name}, a row each; arrow keys show details"
     return (
         f'<div class="chart wf">{legend(report)}'
         f'<div class="wf-ax"><span></span>{axis(start, end)}<span></span></div>'
         f'<div class="wf-scroll" tabindex="0" role="region" aria-label="{esc(name)}">'
-        f'<ol class="rows" data-of="data{number}">{"".join(rows)}</ol></div></div>{block}'
+        f'<ol class="{style}" data-of="data{number}">{"".join(rows)}</ol></div></div>{block}'
     )
 
 
@@ -369,8 +374,9 @@ def _flag(fetch: Fetch, start: float, span: float) -> str:
     if not words:
         return ""
     behind = (fetch.end_s - start) / span
-    at, side = (behind, "") if behind < 0.75 else ((fetch.start_s - start) / span, ' class="l"')
-    return f'<em{side} style="left:{pct(at)}">{esc(", ".join(words))}</em>'
+    at, side = (behind, "") if behind < 0.75 else ((fetch.start_s - start) / span, "l")
+    style = f"{side} ok" if fetch.ok else side
+    return f'<em class="{style}" style="left:{pct(at)}">{esc(", ".join(words))}</em>'
 
 
 def _words(fetch: Fetch) -> Iterator[str]:
