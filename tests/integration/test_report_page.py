@@ -132,7 +132,8 @@ def test_details_of_a_fetch(browser: Browser, shown: Path) -> None:
     assert browser.evaluate("document.getElementById('tip').hidden")
     x, y = browser.evaluate(
         "(() => { const row = document.querySelectorAll('.rows li')[5];"
-        " row.scrollIntoView({block: 'center'}); const box = row.getBoundingClientRect(); return [box.left + 300, box.top + 8]; })()"
+        " row.scrollIntoView({block: 'center'}); const box = row.getBoundingClientRect();"
+        " return [box.left + 300, box.top + 8]; })()"
     )
     browser.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
