@@ -123,6 +123,13 @@ class Place:
         """Options of ``serve`` for a bootstrap file whose blobs are here."""
         raise AssertionError
 
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        """The same in nydusd's configuration: kind of back-end, and its settings with credentials."""
+        raise AssertionError
+
+    def rotate(self) -> None:
+        """Ends the credentials that ``settings`` had, where there are any; it has others from now on."""
+
 
 @attrs.define
 class WebPlace(Place):
@@ -150,6 +157,11 @@ class WebPlace(Place):
 def _docker_login(folder: Path, host: str, user: str) -> None:
     auth = base64.b64encode(user.encode()).decode()
     (folder / "config.json").write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+
+
+def _registry_settings(host: str, user: str) -> dict[str, Any]:
+    auth = base64.b64encode(user.encode()).decode()
+    return {"scheme": "http", "host": host, "repo": REPOSITORY, "auth": auth}
 
 
 @attrs.define
@@ -187,6 +199,9 @@ class DistributionPlace(WebPlace):
 
     def serve_options(self) -> list[str]:
         return ["--blob-source", f"oci://{self.sim.host}/{REPOSITORY}", "--plain-http"]
+
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        return "registry", _registry_settings(self.sim.host, "me:hunter2")
 
 
 @attrs.define
@@ -234,6 +249,15 @@ class SimulatedRegistryPlace(Place):
 
     def serve_options(self) -> list[str]:
         return ["--blob-source", f"{self.sim.host}/{REPOSITORY}", "--plain-http"]
+
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        auth = self.sim.gate.auth
+        assert auth is not None
+        return "registry", _registry_settings(self.sim.host, f"{auth.user}:{auth.password}")
+
+    def rotate(self) -> None:
+        self.sim.gate.auth = Auth("bearer", "me", "hunter3")
+        self.sim.revoke_tokens()
 
 
 @attrs.define
@@ -297,6 +321,9 @@ class DirectoryPlace(Place):
 
     def serve_options(self) -> list[str]:
         return ["--blob-source", f"file://{self.base / 'second'}"]
+
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        return "localfs", {"dir": str(self.base / "first"), "alt_dirs": [str(self.base / "second")]}
 
 
 def _failing(error: int, *, times: int = 1 << 30, then: Any = None) -> Any:
@@ -383,6 +410,24 @@ class S3Place(WebPlace):
         place = f"s3://layers/some/pre%2Bfix%20%C3%BC?endpoint=http://{self.sim.host}&region=us-east-1"
         return ["--blob-source", place]
 
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        key_id = f"ASIA{self._serial}"
+        secret, token = self.sim.keys[key_id]
+        return "s3", {
+            "scheme": "http",
+            "endpoint": self.sim.host,
+            "region": "us-east-1",
+            "bucket_name": "layers",
+            "object_prefix": "some/pre+fix ü/",
+            "access_key_id": key_id,
+            "access_key_secret": secret,
+            "session_token": token,
+        }
+
+    def rotate(self) -> None:
+        self.sim.expired.update(self.sim.keys)
+        self._issue()
+
 
 @attrs.define
 class OssPlace(WebPlace):
@@ -447,6 +492,23 @@ class OssPlace(WebPlace):
         place = f"oss://layers/some/pre%2Bfix%20%C3%BC?endpoint=http://{self.sim.host}{region}"
         return ["--blob-source", place]
 
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        secret, token = self.sim.keys[self._key_id]
+        return "oss", {
+            "scheme": "http",
+            "endpoint": self.sim.host,
+            "region": self.backend().region,
+            "bucket_name": "layers",
+            "object_prefix": "some/pre+fix ü/",
+            "access_key_id": self._key_id,
+            "access_key_secret": secret,
+            "security_token": token,
+        }
+
+    def rotate(self) -> None:
+        self.sim.expired.update(self.sim.keys)
+        self._issue()
+
 
 @attrs.define
 class OssV1Place(OssPlace):
@@ -488,6 +550,13 @@ class ProxyPlace(WebPlace):
     def serve_options(self) -> list[str]:
         return ["--blob-source", f"http://{self.sim.host}/blobs/here"]
 
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        self.sim.user = self.sim.user or "me:s3cr3t"
+        return "http-proxy", {"addr": f"http://{self.sim.user}@{self.sim.host}", "path": "/blobs/here"}
+
+    def rotate(self) -> None:
+        self.sim.user = "me:s3cr3t2"
+
 
 @attrs.define
 class UnixProxyPlace(ProxyPlace):
@@ -500,6 +569,12 @@ class UnixProxyPlace(ProxyPlace):
 
     def serve_options(self) -> list[str]:
         return ["--blob-source", f"http+unix://{self.sim.unix_socket}?path=/blobs/here"]
+
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        return "http-proxy", {"addr": str(self.sim.unix_socket), "path": "/blobs/here/"}
+
+    def rotate(self) -> None:
+        """A socket asks nobody who they are."""
 
 
 NAMES = (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import random
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -204,33 +206,71 @@ async def test_ranges_that_are_none(place: Place, offset: int, length: int) -> N
         await place.source().read_range(BLOB_ID, offset, length)
 
 
-async def test_a_whole_daemon(place: Place, made_image: MadeImage, tmp_path: Path) -> None:
-    """A daemon, empty cache, and a front-end that reads all files right."""
-    bootstrap = str(made_image.out / "image.boot")
+@contextmanager
+def serving(made_image: MadeImage, options: list[str], log: Path) -> Iterator[Callable[[list[str]], None]]:
+    """A daemon with an empty cache; yields what reads files through a front-end, and checks them."""
+    with tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp") as folder:
+        # Not beside its blobs: they can come from the place alone.
+        alone = Path(folder) / "alone.boot"
+        alone.write_bytes((made_image.out / "image.boot").read_bytes())
+        options = ["--cache-dir", f"{folder}/cache", "--log-level", "debug", *options]
+        with Daemon(str(alone), Path(folder), log, options) as daemon:
+            daemon.wait_ready()
+            with Frontend.connect(daemon.socket) as fe:
+                fe.start()
+                fe.init()
 
-    def read_all() -> None:
-        with tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp") as folder:
-            log = tmp_path / "log"
-            options = [*place.serve_options(), "--cache-dir", f"{folder}/cache"]
-            # Not beside its blobs: they can come from the place alone.
-            alone = Path(folder) / "alone.boot"
-            alone.write_bytes(Path(bootstrap).read_bytes())
-            with Daemon(str(alone), Path(folder), log, options) as daemon:
-                daemon.wait_ready()
-                with Frontend.connect(daemon.socket) as fe:
-                    fe.start()
-                    fe.init()
-                    for name, data in made_image.files.items():
+                def read(names: list[str]) -> None:
+                    for name in names:
+                        data = made_image.files[name]
                         node = fe.resolve(name).nodeid
-                        got = b"".join(
-                            fe.read(node, at, min(1 << 20, len(data) - at))
-                            for at in range(0, len(data), 1 << 20)
-                        )
+                        steps = range(0, len(data), 1 << 20)
+                        got = b"".join(fe.read(node, at, min(1 << 20, len(data) - at)) for at in steps)
                         assert got == data, name
-                    assert fe.check() == {}
-                daemon.stop()
-            assert "hunter2" not in log.read_text()
-            assert "s3cr3t" not in log.read_text()
-            assert "Signature=" not in log.read_text()
 
-    await asyncio.to_thread(read_all)
+                yield read
+                assert fe.check() == {}
+            daemon.stop()
+    told = log.read_text()
+    for secret in ("hunter", "s3cr3t", "tok+en", "Signature", "aHVudGVy"):
+        assert secret not in told
+
+
+async def test_a_whole_daemon(place: Place, made_image: MadeImage, tmp_path: Path) -> None:
+    """It finds credentials where the place's users keep them; all files are read right."""
+
+    def run() -> None:
+        with serving(made_image, place.serve_options(), tmp_path / "log") as read:
+            read(sorted(made_image.files))
+
+    await asyncio.to_thread(run)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_daemon_with_nydusds_configuration(
+    place: Place, made_image: MadeImage, tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its credentials from the file, and new ones when those end."""
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "OSS_ACCESS_KEY_ID", "OSS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "nothing"))
+    path = tmp_path / "nydusd.json"
+
+    def write() -> None:
+        kind, settings = place.settings()
+        if version == 1:
+            backend = {"device": {"backend": {"type": kind, "config": settings}}, "mode": "direct"}
+        else:
+            backend = {"version": 2, "backend": {"type": kind, kind: settings}}
+        path.write_text(json.dumps(backend))
+
+    def run() -> None:
+        write()
+        names = sorted(made_image.files)
+        with serving(made_image, ["--config", str(path)], tmp_path / "log") as read:
+            read(names[:20])
+            place.rotate()
+            write()
+            read(names[20:])
+
+    await asyncio.to_thread(run)

@@ -1,7 +1,7 @@
 """Where blobs come from: a registry, a directory, an object store, a web server.
 
 The only modules that speak HTTP to the outside. ``open_source`` imports a back-end when it is first needed,
-because aiohttp costs some 100 ms, and botocore as much again.
+because aiohttp costs some 100 ms, botocore as much again, and the classes of the configuration some 10 ms.
 """
 
 from __future__ import annotations
@@ -9,45 +9,38 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
-from virtiofsd_rafs.backends.config import (
-    DEFAULT_FILE_TIMEOUT_S,
-    TRIES_WITHIN_DEADLINE,
-    BackendConfig,
-    HttpProxyBackend,
-    LocalBackend,
-    OssBackend,
-    RegistryBackend,
-    S3Backend,
-)
 from virtiofsd_rafs.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtiofsd_rafs.backends.base import BlobSource, SourceConfig
+    from virtiofsd_rafs.backends.config import BackendConfig
     from virtiofsd_rafs.image.resolve import ResolvedImage
 
 B = TypeVar("B")
 
-# What needs more than the interpreter, by kind of back-end: to be imported outside of the event loop.
-_MODULES: dict[type, str] = {
-    RegistryBackend: "virtiofsd_rafs.backends.oci",
-    LocalBackend: "virtiofsd_rafs.backends.localdir",
-    S3Backend: "virtiofsd_rafs.backends.s3",
-    OssBackend: "virtiofsd_rafs.backends.oss",
-    HttpProxyBackend: "virtiofsd_rafs.backends.http_proxy",
+# By the class of the configuration.
+_MODULES = {
+    "RegistryBackend": "virtiofsd_rafs.backends.oci",
+    "LocalBackend": "virtiofsd_rafs.backends.localdir",
+    "S3Backend": "virtiofsd_rafs.backends.s3",
+    "OssBackend": "virtiofsd_rafs.backends.oss",
+    "HttpProxyBackend": "virtiofsd_rafs.backends.http_proxy",
 }
 
 
 def module_of(image: ResolvedImage, backend: BackendConfig | None = None) -> str:
-    """The module that ``open_source`` will import."""
+    """The module that ``open_source`` will import: worth an executor, where an event loop runs."""
     if backend is not None:
-        return _MODULES[type(backend)]
-    return _MODULES[RegistryBackend if image.reference is not None else LocalBackend]
+        return _MODULES[type(backend).__name__]
+    return _MODULES["LocalBackend" if image.reference is None else "RegistryBackend"]
 
 
 def check_installed(backend: BackendConfig) -> None:
     """Raises ConfigError when *backend* needs packages that are not installed. Imports none of them."""
+    from virtiofsd_rafs.backends.config import S3Backend
+
     if isinstance(backend, S3Backend) and find_spec("aiobotocore") is None:
         raise ConfigError(
             "S3 needs packages that are not installed", remedy="pip install 'virtiofsd-rafs[s3]'"
@@ -71,6 +64,16 @@ def open_source(
     Raises ConfigError for an image that names no place, or a back-end whose packages are not installed;
     AuthError when docker's config.json is unusable.
     """
+    from virtiofsd_rafs.backends.config import (
+        DEFAULT_FILE_TIMEOUT_S,
+        TRIES_WITHIN_DEADLINE,
+        HttpProxyBackend,
+        LocalBackend,
+        OssBackend,
+        RegistryBackend,
+        S3Backend,
+    )
+
     if backend is not None:
         check_installed(backend)
     if isinstance(backend, S3Backend):
@@ -84,7 +87,7 @@ def open_source(
     if isinstance(backend, HttpProxyBackend):
         from virtiofsd_rafs.backends.http_proxy import HttpProxySource
 
-        return HttpProxySource(backend, config)
+        return HttpProxySource(backend, config, _same_kind(reload, HttpProxyBackend))
     if isinstance(backend, LocalBackend):
         from virtiofsd_rafs.backends.localdir import LocalDirSource
 
@@ -103,6 +106,7 @@ def open_source(
             connections=config.connections,
             blob_sizes=image.blob_sizes,
             deadline_s=config.io_deadline_s,
+            reload=_same_kind(reload, RegistryBackend) if backend is not None else None,
         )
     if image.blob_dir is not None:
         from virtiofsd_rafs.backends.localdir import LocalDirSource

@@ -26,6 +26,8 @@ from virtiofsd_rafs.registry.protocol import (
 from virtiofsd_rafs.registry.secret import Secret
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtiofsd_rafs.backends.base import CredentialUpdate, SourceConfig
     from virtiofsd_rafs.backends.config import HttpProxyBackend
 
@@ -57,15 +59,19 @@ class _Plain:
 
     kind = "http-proxy"
 
-    def __init__(self, backend: HttpProxyBackend) -> None:
+    def __init__(
+        self, backend: HttpProxyBackend, reload: Callable[[], HttpProxyBackend | None] | None
+    ) -> None:
+        self._reload = reload
+        self._found = backend.auth
         self._base = (backend.addr.rstrip("/") if backend.is_url else "http://localhost") + quote(
             backend.path.rstrip("/"), safe="/%:@!$&'()*+,;=~"
         )
         self._label = backend.addr if not backend.is_url else self._base
-        self._authorization = None
-        if backend.auth is not None:
-            self._authorization = _basic(base64.b64encode(backend.auth.reveal().encode()).decode())
+        self._authorization: Secret | None = None
         self._stamp = 0
+        if backend.auth is not None:
+            self._use(backend.auth)
 
     @property
     def label(self) -> str:
@@ -75,7 +81,14 @@ class _Plain:
         return Plan(f"{self._base}/{name}", (), self._authorization, self._stamp)
 
     async def refused(self, plan: Plan, refusal: Refusal) -> bool:
-        return plan.stamp != self._stamp
+        if plan.stamp != self._stamp:
+            return True
+        backend = self._reload() if self._reload is not None else None
+        if backend is None or backend.auth is None or backend.auth == self._found:
+            return False
+        self._found = backend.auth
+        self._use(backend.auth)
+        return True
 
     def explain(self) -> str:
         if self._authorization is None:
@@ -84,25 +97,31 @@ class _Plain:
 
     def renew(self, update: CredentialUpdate) -> None:
         if update.registry_auth is not None:
-            self._authorization = _basic(update.registry_auth.reveal())
+            self._authorization = Secret(f"Basic {update.registry_auth.reveal()}")
             self._stamp += 1
 
-
-def _basic(encoded: str) -> Secret:
-    return Secret(f"Basic {encoded}")
+    def _use(self, auth: Secret) -> None:
+        encoded = base64.b64encode(auth.reveal().encode()).decode()
+        self._authorization = Secret(f"Basic {encoded}")
+        self._stamp += 1
 
 
 class HttpProxySource(ObjectSource):
     """A BlobSource over ``<addr><path>/<blob id>``."""
 
-    def __init__(self, backend: HttpProxyBackend, config: SourceConfig) -> None:
+    def __init__(
+        self,
+        backend: HttpProxyBackend,
+        config: SourceConfig,
+        reload: Callable[[], HttpProxyBackend | None] | None = None,
+    ) -> None:
         http = HttpClient(
             options=backend.http.plus(config.access.http),
             connections=config.connections,
             deadline_s=config.io_deadline_s,
             unix_socket=None if backend.is_url else Path(backend.addr),
         )
-        super().__init__(_Plain(backend), http, plan_body=plan_proxy_body)
+        super().__init__(_Plain(backend, reload), http, plan_body=plan_proxy_body)
 
     async def _size(self, name: str) -> int:
         """By HEAD, as nydusd asks: the total of a Content-Range may be wrong."""

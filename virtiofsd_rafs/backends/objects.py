@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from virtiofsd_rafs.backends.base import ANSWERED_BY, check_range, file_name
+from virtiofsd_rafs.backends.proxies import proxy_of
 from virtiofsd_rafs.errors import (
     AuthError,
     BackendError,
@@ -156,8 +157,11 @@ class ObjectSource:
         return self._signer.label
 
     def renew(self, update: CredentialUpdate) -> None:
-        """See Renewable."""
+        """See Renewable. Raises ConfigError, and changes nothing, for what is malformed."""
+        proxy = proxy_of(update.proxy_url.reveal()) if update.proxy_url else None
         self._signer.renew(update)
+        if update.proxy_url is not None:
+            self._http.set_proxy(proxy)
 
     async def read_range(self, blob_id: str, offset: int, length: int) -> bytes:
         """See BlobSource."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import ipaddress
+import logging
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -261,6 +262,9 @@ def _is_address(host: str) -> bool:
 
 
 def _import_aws() -> None:
+    # At debug level botocore logs what it signs, token and signature included.
+    for name in ("botocore", "aiobotocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for module in ("aiobotocore.session", "botocore.auth", "botocore.configprovider"):
         importlib.import_module(module)
 
