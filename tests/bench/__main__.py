@@ -7,6 +7,7 @@ import click
 from tests.bench.cold import cold
 from tests.bench.crash import crash
 from tests.bench.held import held
+from tests.bench.many import many
 from tests.bench.memory import memory
 from tests.bench.operations import operations
 from tests.bench.start import start
@@ -17,7 +18,7 @@ def main() -> None:
     """Measures the daemon and its peers in turn. Options take the peers' programs; see docs/benchmarks.md."""
 
 
-for command in (operations, held, start, memory, cold, crash):
+for command in (operations, held, start, memory, cold, crash, many):
     main.add_command(command)
 
 if __name__ == "__main__":

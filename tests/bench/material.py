@@ -42,8 +42,8 @@ class Material:
         return blob
 
 
-def make_tree(root: Path) -> None:
-    """3 000 small files in 100 directories (median 4 KiB) and 8 of 24 MiB."""
+def make_tree(root: Path, *, n_small: int = N_SMALL, n_large: int = N_LARGE) -> None:
+    """*n_small* small files in 100 directories (median 4 KiB) and *n_large* of 24 MiB."""
     rng = random.Random(20)
     noise = rng.randbytes(1 << 20)
 
@@ -55,23 +55,28 @@ def make_tree(root: Path) -> None:
             data += b"%08x " % rng.getrandbits(32) * 455
         return bytes(data[:size])
 
-    for i in range(N_SMALL):
+    for i in range(n_small):
         directory = root / f"dir{i % 100:02}"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"file{i:04}").write_bytes(content(int(rng.lognormvariate(8.3, 1.3))))
-    for i in range(N_LARGE):
+    for i in range(n_large):
         (root / f"large{i}").write_bytes(content(LARGE_SIZE))
 
 
 def prepare(work: Path, tree: Path | None = None) -> Material:
     """The material below *work*: made when it is not there yet, the image built from the tree."""
     if tree is None:
-        tree = work / "tree"
-        if not (tree / "complete").exists():
-            shutil.rmtree(tree, ignore_errors=True)
-            make_tree(tree)
-            (tree / "complete").touch()
+        tree = made_tree(work / "tree")
     return Material(tree, built(tree, work / f"image-{hashlib.sha256(bytes(tree)).hexdigest()[:8]}"))
+
+
+def made_tree(tree: Path, **sizes: int) -> Path:
+    """The tree at *tree*, made when it is not there yet; *sizes* as for :func:`make_tree`."""
+    if not (tree / "complete").exists():
+        shutil.rmtree(tree, ignore_errors=True)
+        make_tree(tree, **sizes)
+        (tree / "complete").touch()
+    return tree
 
 
 def built(tree: Path, out: Path) -> Path:

@@ -1,0 +1,143 @@
+"""Asks the APIs of daemons at a steady pace, beside a process that does nothing but answer.
+
+On a machine whose processors are all busy every process waits for its turn. What the daemons' answers take is
+to be held against what the idle answerer (*control*) and the asker itself (*lag*) take at the same moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import click
+
+from tests.bench.figures import percentile, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnContext
+    from pathlib import Path
+
+T = TypeVar("T")
+PATHS = ("/api/v1/daemon", "/api/v1/status")
+Samples = dict[str, list[float]]
+"""Milliseconds by what was asked: a path, ``control`` or ``lag``."""
+
+_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+
+
+async def _ask(socket: Path, path: str, samples: list[float], due: float) -> None:
+    """One question; the time counts from when it was due."""
+    reader, writer = await asyncio.open_unix_connection(str(socket))
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        body = await reader.read()
+        if not body.startswith(b"HTTP/1.1 200"):
+            raise OSError(f"{socket}: {body[:40]!r}")
+        while await reader.read():
+            pass
+        samples.append(1000 * (time.monotonic() - due))
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _control(socket: Path) -> None:
+    """Answers every question with nothing, for ever."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(_ANSWER)
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, str(socket))
+    await server.serve_forever()
+
+
+def _run_control(socket: Path) -> None:
+    asyncio.run(_control(socket))
+
+
+def _run_asker(sockets: Sequence[Path], control: Path, pace: float, pipe: Connection) -> None:
+    with contextlib.suppress(OSError):
+        os.nice(-10)  # what is measured are the daemons, not who asks them
+    asyncio.run(_keep_asking(sockets, control, pace, pipe))
+
+
+async def _keep_asking(sockets: Sequence[Path], control: Path, pace: float, pipe: Connection) -> None:
+    """Between two words from *pipe* all answers belong to one phase, which is sent back at its end."""
+    samples: Samples = {}
+    tasks: set[asyncio.Task[None]] = set()
+    pairs = itertools.cycle([(socket, path) for path in PATHS for socket in sockets])
+    due = time.monotonic()
+    while True:
+        due += 1 / pace
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        if pipe.poll():
+            word = pipe.recv()
+            await asyncio.gather(*tasks)
+            pipe.send(samples)
+            if word == "end":
+                return
+            samples = {}
+            due = time.monotonic()
+            continue
+        samples.setdefault("lag", []).append(1000 * (time.monotonic() - due))
+        socket, path = next(pairs)
+        for where, what, name in ((socket, path, path), (control, "/", "control")):
+            task = asyncio.create_task(_ask(where, what, samples.setdefault(name, []), due))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+
+class Asker:
+    """The two processes; a context manager that ends them."""
+
+    def __init__(self, context: SpawnContext, sockets: Sequence[Path], control: Path, pace: float) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._control = context.Process(target=_run_control, args=(control,), daemon=True)
+        self._control.start()
+        while not control.exists():
+            time.sleep(0.01)
+        arguments = (list(sockets), control, pace, theirs)
+        self._asker = context.Process(target=_run_asker, args=arguments, daemon=True)
+        self._asker.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._asker.kill()
+        self._control.kill()
+
+    def _phase(self) -> Samples:
+        self._pipe.send("next")
+        samples: Samples = self._pipe.recv()
+        return samples
+
+    def measure_for(self, seconds: float) -> Samples:
+        """All answers of so many seconds."""
+        return self.measure_until(lambda: time.sleep(seconds))[0]
+
+    def measure_until(self, ended: Callable[[], T]) -> tuple[Samples, T]:
+        """All answers until *ended* returns, and what it returned."""
+        self._phase()
+        result = ended()
+        return self._phase(), result
+
+
+def report(phases: Mapping[str, Samples]) -> None:
+    """A row for each phase and question."""
+    rows: list[list[Any]] = []
+    for phase, samples in phases.items():
+        for name, times in sorted(samples.items()):
+            cells = [percentile(times, share) for share in (0.5, 0.9, 0.99, 1.0)]
+            rows.append([phase, name, len(times), *cells])
+    click.echo()
+    print_table(["while", "answer of", "n", "p50 ms", "p90 ms", "p99 ms", "max ms"], rows)
