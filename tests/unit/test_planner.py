@@ -23,6 +23,7 @@ class Blob:
     ready_set: set[int] = field(default_factory=set)
     unverified_set: set[int] = field(default_factory=set)
     unknown: set[int] = field(default_factory=set)
+    hinted_set: set[int] = field(default_factory=set)
     offsets: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,6 +45,9 @@ class Blob:
 
     def unverified(self, chunk: int) -> bool:
         return chunk in self.unverified_set
+
+    def hinted(self, chunk: int) -> bool:
+        return chunk in self.hinted_set
 
 
 def planner(
@@ -468,3 +472,64 @@ def test_bad_bytes_are_not_asked_for_at_the_end_of_each_request() -> None:
     (fetch,) = p.next_fetches(0.0)
     p.stored(fetch.fetch_id, [0], 5.0)
     assert p.next_event() == 15.0
+
+
+# -- chunks that other daemons fetch ------------------------------------------------------------------------
+
+
+def test_what_another_daemon_fetches_is_left_to_it() -> None:
+    blob = Blob(TEN, hinted_set={2, 3})
+    p = planner(blob)
+    assert post(p, 2, 5) == [Posted.QUEUED, Posted.QUEUED]
+    assert ranges(p, 0.0) == [(5, 6, 7, 8, 9)]
+    assert p.next_event() == pytest.approx(0.01)
+    assert ranges(p, 0.01) == []
+    blob.ready_set |= {2, 3}
+    assert ranges(p, p.next_event() or 0.0) == []
+    assert p.take_found_ready()
+    assert (p.waiting, p.counters.left_to_others, p.counters.retries) == (1, 1, 0)
+
+
+def test_neither_read_ahead_nor_neighbours_take_what_another_daemon_fetches() -> None:
+    p = planner(Blob(TEN, hinted_set={4, 7}))
+    post(p, 3, 4, 6)
+    assert ranges(p) == [(3,), (6,)]
+
+
+def test_another_daemon_that_gives_up_is_succeeded() -> None:
+    blob = Blob(TEN, hinted_set={2})
+    p = planner(blob)
+    post(p, 2)
+    assert ranges(p, 0.0) == []
+    blob.hinted_set.clear()
+    assert ranges(p, 0.02) == [(2, 3, 4, 5, 6, 7)]
+
+
+def test_a_stale_hint_delays_for_a_second_and_only_once() -> None:
+    p = planner(Blob(TEN, hinted_set=set(range(10))), amplify=10 * KIB)
+    post(p, 2)
+    now, looks = 0.0, 0
+    while not (fetched := ranges(p, now)):
+        event = p.next_event()
+        assert event is not None
+        assert now < event <= 1.1
+        now, looks = event, looks + 1
+    assert fetched == [(2,)]
+    assert 1.0 <= now < 1.1
+    assert looks < 20
+    # Others that are hinted as well are not waited for now.
+    post(p, 5, now=now)
+    assert ranges(p, now) == [(5,)]
+    # Later hints count again.
+    post(p, 7, now=now + 31)
+    assert ranges(p, now + 31) == []
+
+
+def test_a_try_that_failed_is_not_left_to_others() -> None:
+    blob = Blob(TEN)
+    p = planner(blob, amplify=10 * KIB)
+    post(p, 2)
+    (fetch,) = p.next_fetches(0.0)
+    p.failed(fetch.fetch_id, 0.1)
+    blob.hinted_set.add(2)
+    assert ranges(p, p.next_event() or 0.0) == [(2,)]

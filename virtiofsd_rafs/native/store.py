@@ -29,6 +29,7 @@ INVALID = 5
 OUTCOME_NAMES = ("ok", "digest-mismatch", "decode-error", "out-of-range", "no-space", "invalid")
 
 # State words: generation << 3 | state.
+_FETCHING = 1
 _PRESENT = 2
 _VERIFIED = 3
 _EXTENT_WORDS = 4  # u64 words of an extent: data offset, size and flags, spill, reserved
@@ -141,6 +142,10 @@ class ChunkView:
     def unverified(self, chunk: int) -> bool:
         """Whether bytes of *chunk* are stored that were not verified under this boot."""
         return self.has_data and self._states[chunk] & 7 == _PRESENT
+
+    def hinted(self, chunk: int) -> bool:
+        """Whether some daemon says that it is fetching *chunk*; it may have died since."""
+        return self.has_data and self._states[chunk] & 7 == _FETCHING
 
     def release(self) -> None:
         """Gives the views up; any later use raises ValueError."""

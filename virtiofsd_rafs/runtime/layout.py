@@ -44,6 +44,10 @@ class Chunks(Protocol):
         """Whether bytes are stored that must be verified first."""
         ...
 
+    def hinted(self, chunk: int) -> bool:
+        """Whether some daemon says that it is fetching the chunk; it may have died since."""
+        ...
+
 
 class Layout:
     """Chunks of a blob in the order of their places. Builders number them so; others are sorted once."""

@@ -9,6 +9,10 @@ however many posts ask for it.
 While nobody waits, or the link has room beside those who do, lists are prefetched and the image is filled
 (:mod:`~virtiofsd_rafs.runtime.background`). Who then wants such a chunk joins its fetch.
 
+Daemons that share a cache directory see which chunks the others fetch. A want for such a chunk is left to
+them for up to a second, and looked at again and again meanwhile. Then it is fetched here as well, and nothing
+is left to others for a while: the other daemon may be dead, or slow.
+
 A failed fetch puts its wants back, later and alone or with other wants, never with read-ahead: a bad
 neighbour must not harm them twice. What was only read ahead is forgotten. A want whose deadline has passed is
 dropped; the chunk is absent then, and the next post starts anew.
@@ -44,6 +48,12 @@ HOPELESS_FACTOR = 4.0
 # The last try for a request is made when this is left of its deadline, in seconds or as a part of it.
 LAST_TRY_S = 1.0
 LAST_TRY = 1 / 12
+# For so long a chunk is left to another daemon that says that it is fetching it. It is looked at first after
+# the smaller of these pauses, then after half the time that has passed, at most after the larger.
+LEFT_S = 1.0
+LEFT_LOOK_S = (0.01, 0.1)
+# After one that did not come, for so long nothing is left to others.
+LEFT_MISTRUST_S = 30.0
 # What one fetch may turn into when it is decoded, as a multiple of ``amplify``: an image whose chunks shrink
 # a thousandfold must not make a small read decode gigabytes.
 MAX_EXPANSION = 8
@@ -114,6 +124,7 @@ class Planner:
         self._demanding = 0  # fetches that somebody waits for
         self._last_demand = float("-inf")
         self._found_ready = False
+        self._mistrust_until = float("-inf")
         self.counters = Counters()
 
     # -- what happens ---------------------------------------------------------------------------------------
@@ -228,8 +239,29 @@ class Planner:
             self.counters.expired += 1
             return
         self.counters.retries += 1
+        self._delay(want, at)
+
+    def _delay(self, want: Want, at: float) -> None:
+        """Puts *want* aside until *at*."""
         self._delayed[want.key] = want
         heapq.heappush(self._delayed_heap, (at, next(self._sequence), want.key))
+
+    def _leave(self, want: Want, now: float) -> bool:
+        """Whether another daemon fetches what is wanted here, and it is too early to mistrust that."""
+        if want.attempts or now < self._mistrust_until or not self._blobs[want.key[0]].hinted(want.key[1]):
+            return False
+        if want.left_since is None:
+            want.left_since = now
+        if now - want.left_since >= LEFT_S:
+            self._mistrust_until = now + LEFT_MISTRUST_S
+            return False
+        return True
+
+    @staticmethod
+    def _look_pause(want: Want, now: float) -> float:
+        """How long a want that is left to another daemon is not looked at."""
+        waited = 0.0 if want.left_since is None else now - want.left_since
+        return min(max(waited / 2, LEFT_LOOK_S[0]), LEFT_LOOK_S[1])
 
     # -- what to do -----------------------------------------------------------------------------------------
 
@@ -253,6 +285,9 @@ class Planner:
                 self.counters.expired += 1
             elif self._blobs[key[0]].ready(key[1]):
                 self._found_ready = True  # another daemon was quicker
+                self.counters.left_to_others += 1 if want.left_since is not None else 0
+            elif self._leave(want, now):
+                self._delay(want, now + self._look_pause(want, now))
             else:
                 fetches.append(self._plan(want, now))
         if not self._queue:
@@ -353,7 +388,7 @@ class Planner:
                 at, stop = offsets[other], offsets[other] + lengths[other]
                 if start - stop > self._gap or end - at > self._amplify:
                     break
-                if self._take(blob, other, wants):
+                if self._take(blob, other, wants, now):
                     chunks.insert(0, other)
                     start = min(start, at)
             # With more wants than connections, reading ahead would only make them wait longer.
@@ -366,7 +401,7 @@ class Planner:
                 if at - end > self._gap or stop - start > self._amplify:
                     break
                 ahead = read_ahead and stop - start <= window and self._absent(blob, other)
-                if self._take(blob, other, wants) or ahead:
+                if self._take(blob, other, wants, now) or (ahead and not layout.chunks.hinted(other)):
                     chunks.append(other)
                     end = max(end, stop)
                     budget -= layout.chunks.size(other)
@@ -409,10 +444,10 @@ class Planner:
         self._demanding += 1 if wants else 0
         return fetch
 
-    def _take(self, blob: int, chunk: int, wants: dict[int, Want]) -> bool:
+    def _take(self, blob: int, chunk: int, wants: dict[int, Want], now: float) -> bool:
         """Moves the want for *chunk* from the queue into *wants*, if there is one that may have company."""
         want = self._queue.get((blob, chunk))
-        if want is None or want.alone or self._blobs[blob].ready(chunk):
+        if want is None or want.alone or self._blobs[blob].ready(chunk) or self._leave(want, now):
             return False
         del self._queue[blob, chunk]
         wants[chunk] = want

@@ -49,6 +49,8 @@ class Want:
     attempts: int = 0
     alone: bool = False
     """Its bytes were bad: fetch it by itself."""
+    left_since: float | None = None
+    """Since when it has been left to another daemon that fetches it."""
     _dues: set[float] = attrs.Factory(set)
 
     def wait(self, deadline: float) -> None:
@@ -114,6 +116,8 @@ class Counters:
     given_up: int = 0
     """Chunks whose bytes were bad each time they were fetched in the background."""
     expired: int = 0
+    left_to_others: int = 0
+    """Chunks that another daemon was fetching when they were wanted, and delivered in time."""
 
 
 class Wait(NamedTuple):
