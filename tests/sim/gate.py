@@ -29,6 +29,8 @@ class Gate:
         self.auth = auth
         self.tokens: dict[str, float] = {}  # token -> end, in time.monotonic()
         self.realm = ""
+        self.refusal_status = 401
+        """For wrong credentials; none at all get 401 always."""
 
     def refusal(self, request: web.Request, scope: str = "") -> web.Response | None:
         """A 401 with a challenge; None lets the request in."""
@@ -47,7 +49,9 @@ class Gate:
             if scope:
                 challenge += f',scope="{scope}"'
         return web.json_response(
-            {"errors": [{"code": "UNAUTHORIZED"}]}, status=401, headers={"WWW-Authenticate": challenge}
+            {"errors": [{"code": "UNAUTHORIZED"}]},
+            status=self.refusal_status if sent else 401,
+            headers={"WWW-Authenticate": challenge},
         )
 
     async def token(self, request: web.Request) -> web.Response:

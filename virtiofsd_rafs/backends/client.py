@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from virtiofsd_rafs.errors import AuthError, BadReply, DigestMismatch
-from virtiofsd_rafs.registry.auth import MAX_TOKEN_BODY, Authenticator, Ready, TokenRequest
+from virtiofsd_rafs.registry.auth import MAX_TOKEN_BODY, REFUSED_PAUSE_S, Authenticator, Ready, TokenRequest
 from virtiofsd_rafs.registry.manifest import ACCEPT, MAX_MANIFEST_LEN, Descriptor, verify_digest
 from virtiofsd_rafs.registry.protocol import (
     DEFAULT_MAX_SKIP,
@@ -90,6 +90,7 @@ class RegistryClient:
         self._store = credentials
         self._explicit = explicit
         self._looked_up = False
+        self._refused_until: dict[Credentials, float] = {}
         self._trouble: BackendError | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._headers = headers
@@ -100,6 +101,7 @@ class RegistryClient:
         """Uses these from the next request on, where they are not None; an empty *token* takes it away."""
         if explicit is not None:
             self._explicit = explicit
+            self._refused_until.pop(explicit, None)
             self._auth.use(explicit, origin=_GIVEN)
         if token is not None:
             self._auth.use_token(token or None)
@@ -128,10 +130,10 @@ class RegistryClient:
                 await reply.drain()
                 if step is Step.FINAL:
                     forbidden = True
-                    if not await self._other_credentials():
+                    if self._auth.is_current(authorization) and not await self._other_credentials():
                         yield reply
                         return
-                    self._auth.forget_token()
+                    self._auth.forget_token(authorization)
             if step is Step.REFUSED:
                 refusals += 1
                 await self._refused(authorization, exchange, refusals)
@@ -264,7 +266,7 @@ class RegistryClient:
     async def _renew_token(self) -> None:
         # Nobody waits yet, most of the time: have a look whether the credentials are still the same.
         if self._looked_up:
-            await self._look_up()
+            await self._choose(refused=None)
         while True:
             plan = self._auth.plan(time.monotonic())
             request = plan.renew if isinstance(plan, Ready) else plan
@@ -280,7 +282,7 @@ class RegistryClient:
     async def _refused(self, used: Secret | None, exchange: Exchange, refusals: int) -> None:
         """Gets ready for another try after a 401. Raises AuthError when there is nothing to try."""
         if not self._looked_up:
-            await self._look_up()
+            await self._choose(refused=None)
         while True:
             try:
                 self._auth.refused(used, exchange.challenges(), refusals=refusals, now=time.monotonic())
@@ -292,29 +294,27 @@ class RegistryClient:
                 raise
             return
 
-    async def _look_up(self) -> bool:
-        """Looks the credentials up, for the first time or again; whether they are other ones than before."""
-        self._looked_up = True
-        if self._explicit is not None:
-            return self._auth.use(self._explicit, origin=_GIVEN)
-        return await self._find(refused=None)
-
     async def _other_credentials(self) -> bool:
-        """Looks for other credentials than those that were refused; whether there are any."""
-        self._looked_up = True
+        """Looks for other credentials than those in use, which were refused; whether there are any."""
         refused = self._auth.credentials
-        if not await self._find(refused=refused):
-            return False
-        if refused == self._explicit:
-            self._explicit = None  # not to come back with the next token
-        return True
+        if refused is not None:
+            self._refused_until[refused] = time.monotonic() + REFUSED_PAUSE_S
+        await self._choose(refused=refused)
+        # Another request that was refused with them may have been quicker.
+        return self._auth.credentials != refused
 
-    async def _find(self, *, refused: Credentials | None) -> bool:
+    async def _choose(self, *, refused: Credentials | None) -> None:
+        """Uses the first credentials that were not refused lately: the given ones, then what is found."""
+        self._looked_up = True
+        now = time.monotonic()
+        self._refused_until = {c: until for c, until in self._refused_until.items() if now < until}
+        if self._explicit is not None and self._explicit not in self._refused_until:
+            self._auth.use(self._explicit, origin=_GIVEN)
+            return
         found = await self._store.find(self._registry, self.endpoint.repository, refused=refused)
         self._trouble = found.trouble
-        if found.credentials is None or found.credentials == self._auth.credentials:
-            return False
-        return self._auth.use(found.credentials, origin=found.origin)
+        if found.credentials is not None and found.credentials not in self._refused_until:
+            self._auth.use(found.credentials, origin=found.origin)
 
     async def _fetch_token(self, plan: TokenRequest) -> bool:
         headers: tuple[tuple[str, str], ...] = (("Accept-Encoding", "identity"),)

@@ -172,7 +172,7 @@ class Authenticator:
         Raises AuthError while refused credentials are not sent again.
         """
         if self._given_token is not None:
-            return Ready(Secret(f"Bearer {self._given_token.reveal()}"))
+            return Ready(self._given())
         if self._mode == "bearer" and self._token is not None and now < self._last_use:
             return Ready(self._token, None if now < self._renew_at else self._token_request())
         if self._refusal is not None and now < self._refused_until:
@@ -180,6 +180,10 @@ class Authenticator:
         if self._mode == "basic" and self._credentials is not None:
             return Ready(self._credentials.basic())
         return self._token_request() if self._mode == "bearer" else Ready(None)
+
+    def _given(self) -> Secret | None:
+        given = self._given_token
+        return None if given is None else Secret(f"Bearer {given.reveal()}")
 
     def renewal_failed(self, now: float) -> None:
         """A renewal ahead of time did not work at *now*: the next one has to wait."""
@@ -195,7 +199,7 @@ class Authenticator:
         """
         offered = {c.scheme: c for c in reversed(challenges)}
         if used is not None and self._given_token is not None:
-            if used.reveal() == f"Bearer {self._given_token.reveal()}":
+            if used == self._given():
                 self._given_token = None
             if not offered:
                 raise self.refusal("it refuses the token that it was given")
@@ -240,9 +244,15 @@ class Authenticator:
         self._last_use = now + ttl - min(LAST_USE_S, ttl / 10)
         return True
 
-    def forget_token(self) -> None:
-        """The token is of no use, although it was not refused as such."""
-        self._token = None
+    def is_current(self, used: Secret | None) -> bool:
+        """Whether *used* is what would be sent now."""
+        basic = self._credentials.basic() if self._mode == "basic" and self._credentials else None
+        return used in (self._token, basic, self._given())
+
+    def forget_token(self, used: Secret | None) -> None:
+        """The token that was *used* is of no use, although it was not refused as such."""
+        if used == self._token:
+            self._token = None
 
     def _take_bearer(self, challenge: Challenge, used: Secret | None) -> None:
         realm = challenge.params.get("realm", "")

@@ -49,7 +49,7 @@ def parse_helper_reply(name: str, status: int, output: bytes) -> Credentials | N
     Raises AuthError, which names the helper and never shows its output.
     """
     if status != 0:
-        if any(text in output.lower() for text in _NOTHING):
+        if output.strip().lower().startswith(_NOTHING):
             return None
         raise helper_failed(name, f"ended with {f'signal {-status}' if status < 0 else f'code {status}'}")
     try:
