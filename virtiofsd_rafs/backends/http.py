@@ -131,8 +131,8 @@ class HttpClient:
         return await self._send_by(proxy, request, headers, body)
 
     def set_proxy(self, options: ProxyOptions | None) -> None:
-        """Takes this proxy from the next request on; None: what the environment says."""
-        self._proxies.configure(options)
+        """See Proxies.move."""
+        self._proxies.move(options)
 
     async def _send_by(
         self, proxy: Proxy, request: Request, headers: dict[str, str], body: BodyFactory | None

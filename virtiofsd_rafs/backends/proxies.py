@@ -13,6 +13,8 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import attrs
+
 from virtiofsd_rafs.backends.config import ProxyOptions
 from virtiofsd_rafs.backends.health import REST_CAP_S, Health, State
 from virtiofsd_rafs.errors import ConfigError
@@ -66,8 +68,13 @@ class Proxies:
                     self._by_scheme[scheme] = known.setdefault(value, Proxy(options))
                     break
 
-    def configure(self, options: ProxyOptions | None) -> None:
-        """Uses *options* from now on; None: what the environment says."""
+    def move(self, options: ProxyOptions | None) -> None:
+        """Uses the proxy of *options* from now on, on the terms of its predecessor if there was one.
+
+        None: what the environment says.
+        """
+        if options is not None and self._configured is not None:
+            options = attrs.evolve(self._configured.options, url=options.url, auth=options.auth)
         self._configured = None if options is None else Proxy(options)
 
     def choose(self, url: str) -> Proxy | None:
