@@ -6,10 +6,12 @@ import click
 
 from tests.bench.cold import cold
 from tests.bench.crash import crash
+from tests.bench.fullread import fullread
 from tests.bench.held import held
 from tests.bench.many import many
 from tests.bench.memory import memory
 from tests.bench.operations import operations
+from tests.bench.planner_model import model
 from tests.bench.start import start
 
 
@@ -18,7 +20,7 @@ def main() -> None:
     """Measures the daemon and its peers in turn. Options take the peers' programs; see docs/benchmarks.md."""
 
 
-for command in (operations, held, start, memory, cold, crash, many):
+for command in (operations, held, start, memory, cold, fullread, crash, many, model):
     main.add_command(command)
 
 if __name__ == "__main__":

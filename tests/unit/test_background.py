@@ -297,11 +297,12 @@ def test_nothing_is_fetched_in_advance_over_a_single_connection() -> None:
 def test_the_link_is_measured_over_what_was_under_way() -> None:
     link = Link()
     assert link.rate is None
-    # Two at a time, each at half of 1 MB/s: with a round trip of nothing.
+    # Two at a time, each at half of 1 MB/s. How much of it is the round trip cannot be seen.
     for i in range(4):
         link.ended(i, i + 1.0, 500_000)
         link.ended(i, i + 1.0, 500_000)
-    assert link.rate == pytest.approx(1e6, rel=0.35)
+    assert link.rate is not None
+    assert 1e6 <= link.rate <= 2e6
     # Small fetches tell how long a request takes, not what the link carries.
     idle = Link()
     for i in range(32):

@@ -18,6 +18,7 @@ from tests.bench.cold import Replay, Result, add_extras, compared, in_common
 from tests.bench.crash import verdict
 from tests.bench.figures import Spread, percentile, ratios, table, write_json
 from tests.bench.held import Outcome, best
+from tests.bench.planner_model import Access, Blob, Model, recorded
 from tests.bench.start import summary
 from tests.bench.trace import STEP, boot_like
 from virtiofsd_rafs.native.frontend import LoadResult, OpResult
@@ -185,3 +186,31 @@ def test_traffic_is_counted_whole_or_for_one_blob() -> None:
 def test_every_mode_is_documented_and_explains_itself(mode: str) -> None:
     assert CliRunner().invoke(main, [mode, "--help"]).exit_code == 0
     assert f"scripts/bench {mode}" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_model_of_the_planner_counts_time_as_a_link_does() -> None:
+    blob = Blob([i * 10_000 for i in range(100)], [10_000] * 100, [20_000] * 100)
+    # One chunk at a time, nothing ahead: a round trip, the transfer and the decoding for each.
+    cost = Model(blob, 1e6, 0.1, amplify=0).run([Access(1.0, (50,)), Access(0.5, (7,)), Access(0.0, (7,))])
+    assert cost.requests == 2
+    assert cost.bytes == 20_000
+    assert cost.waited == pytest.approx(2 * (0.1 + 0.01 + 10_000 / 250e6))
+    assert cost.seconds == pytest.approx(1.5 + cost.waited)
+    # Two at a time share the link, and pay for one round trip.
+    both = Model(blob, 1e6, 0.1, amplify=0).run([Access(0.0, (50, 7))])
+    assert both.waited == pytest.approx(0.1 + 0.02 + 10_000 / 250e6)
+    # What is listed comes while the guest thinks; what nobody read is waste.
+    listed = Model(blob, 1e6, 0.1).run([Access(1.0, (50,))], [(0, 50, 1), (0, 20, 1)])
+    assert (listed.waited, listed.requests, listed.wasted) == (0.0, 2, 10_000)
+
+
+def test_recorded_boots_keep_the_order_and_the_pauses() -> None:
+    def fetch(start: int, end: int, *chunks: int) -> dict[str, object]:
+        return {
+            "started_ns": start * 10**6,
+            "ended_ns": end * 10**6,
+            "chunks": [[chunk, "demand"] for chunk in chunks],
+        }
+
+    trace = {"first_init_ns": 10**6, "fetches": [fetch(300, 350, 9), fetch(11, 20, 5), fetch(15, 40, 6, 7)]}
+    assert recorded(trace) == [Access(0.01, (5, 6, 7)), Access(0.26, (9,))]

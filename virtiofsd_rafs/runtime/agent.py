@@ -121,7 +121,7 @@ class Agent:
             retry_first_s=config.retry_first_s,
             retry_cap_s=config.retry_cap_s,
             fill_rate=config.fill_rate,
-            touched=lambda key: bool(touched[key[0]][key[1]]),
+            touched=touched,
         )
         self.first_start = FirstStart(
             config,

@@ -64,7 +64,7 @@ class Background:
     Args:
         blobs: numbers of all blobs.
         layout: chunks of a blob by place.
-        absent: whether nothing is stored of a chunk and nobody is busy with it.
+        absent: whether nothing is stored of a chunk and nobody, here or in another daemon, is busy with it.
         link: what it carries.
         gap: bytes that a range may bring for nothing between two chunks.
         max_size: what one range may decode to.

@@ -31,6 +31,8 @@ START_QUIET_S = 5.0
 _TICK_S = 1.0
 # A fill that had to give chunks up tries them again after this.
 _NEW_PASS_S = 60.0
+# What other daemons were fetching at the end of a pass is looked at again after this.
+_OTHERS_S = 5.0
 # Where a bootstrap says how long its prefetch table is (rafs/c_rafs_v6.py): most have none, and then nothing
 # has to be parsed.
 _TABLE = struct.Struct("<QI")
@@ -225,6 +227,8 @@ class FirstStart:
                 self._fill = "incomplete"
                 _log.warning("chunks with wrong bytes are missing: tried again in %g s", _NEW_PASS_S)
                 self._later(_NEW_PASS_S)
+            elif any(self._store.states(index).fetching for index in self._blobs):
+                self._later(_OTHERS_S)  # other daemons are busy with the rest, and may fail
             else:
                 self._fill = "done"
         self.check_complete()

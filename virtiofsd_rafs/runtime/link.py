@@ -49,7 +49,7 @@ class Link:
             return self._rate
         busy, idle_until, starts = 0.0, float("-inf"), 0
         for done in sorted(self._done):
-            if done.started > idle_until:
+            if done.started >= idle_until:
                 starts += 1
             busy += max(0.0, done.ended - max(done.started, idle_until))
             idle_until = max(idle_until, done.ended)

@@ -70,7 +70,7 @@ class Planner:
         retry_first_s, retry_cap_s: pauses between tries.
         first_window: the read-ahead that a fetch starts with; see ReadAhead.
         fill_rate: bytes per second of the fill; 0: what the link carries.
-        touched: whether a read was answered from a chunk; None when nobody can tell.
+        touched: which chunks reads were answered from; see ReadAhead.
         rng: numbers in [0, 1), the source of jitter.
     """
 
@@ -85,19 +85,21 @@ class Planner:
         retry_cap_s: float,
         first_window: int | None = None,
         fill_rate: int = 0,
-        touched: Callable[[Key], bool] | None = None,
+        touched: Mapping[int, Sequence[int]] | None = None,
         rng: Callable[[], float] = random.random,
     ) -> None:
         self._blobs = blobs
         self._layouts: dict[int, Layout] = {}  # made when a blob is first fetched from: start-up is short
         self._amplify = amplify
         self._gap = amplify >> GAP_SHIFT
-        self._read_ahead = ReadAhead(amplify=amplify, first_window=first_window, touched=touched)
         self.link = Link()
+        self._read_ahead = ReadAhead(
+            amplify=amplify, link=self.link, first_window=first_window, touched=touched
+        )
         self.background = Background(
             blobs=blobs,
             layout=self._layout,
-            absent=self._absent,
+            absent=self._free,
             link=self.link,
             gap=self._gap,
             max_size=max(amplify, BACKGROUND_MIN) * MAX_EXPANSION,
@@ -394,20 +396,30 @@ class Planner:
             # With more wants than connections, reading ahead would only make them wait longer.
             room = self._connections - len(self._fetches) - 1
             read_ahead = want.attempts == 0 and len(self._queue) <= room
-            budget = self._amplify * MAX_EXPANSION - layout.chunks.size(chunk)
-            window = self._read_ahead.window(blob, offsets[chunk])
+            window = self._read_ahead.window(layout, blob, offsets[chunk])
+            span = max(window.ahead, self._amplify)
+            budget = span * MAX_EXPANSION - layout.chunks.size(chunk)
             for other in layout.after(chunk):
                 at, stop = offsets[other], offsets[other] + lengths[other]
-                if at - end > self._gap or stop - start > self._amplify:
+                if at - end > self._gap or stop - start > span:
                     break
-                ahead = read_ahead and stop - start <= window and self._absent(blob, other)
-                if self._take(blob, other, wants, now) or (ahead and not layout.chunks.hinted(other)):
+                ahead = read_ahead and stop - start <= window.ahead and self._free(blob, other)
+                if self._take(blob, other, wants, now) or ahead:
                     chunks.append(other)
                     end = max(end, stop)
                     budget -= layout.chunks.size(other)
                     if budget <= 0:
                         break
-            self._read_ahead.planned(blob, end, window, [other for other in chunks if other not in wants])
+            for other in layout.before(chunks[0]) if read_ahead and window.behind else ():
+                at, stop = offsets[other], offsets[other] + lengths[other]
+                if start - stop > self._gap or end - at > span or budget <= 0:
+                    break
+                if self._free(blob, other):
+                    chunks.insert(0, other)
+                    start = min(start, at)
+                    budget -= layout.chunks.size(other)
+            others = [other for other in chunks if other not in wants]
+            self._read_ahead.planned(layout, blob, end, window, others)
         fetch = self._start(blob, start, end, chunks, wants, now, "demand", want.attempts + 1)
         self.counters.fetches += 1
         self.counters.chunks_wanted += len(wants)
@@ -460,3 +472,7 @@ class Planner:
             return False
         chunks = self._blobs[blob]
         return not chunks.ready(chunk) and not chunks.unverified(chunk)
+
+    def _free(self, blob: int, chunk: int) -> bool:
+        """Whether it is absent, and no other daemon says that it is fetching it."""
+        return self._absent(blob, chunk) and not self._blobs[blob].hinted(chunk)
