@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from tests.bench.build import build
 from tests.bench.cold import cold
 from tests.bench.crash import crash
 from tests.bench.fullread import fullread
@@ -20,7 +21,7 @@ def main() -> None:
     """Measures the daemon and its peers in turn. Options take the peers' programs; see docs/benchmarks.md."""
 
 
-for command in (operations, held, start, memory, cold, fullread, crash, many, model):
+for command in (operations, held, start, memory, cold, fullread, crash, many, model, build):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from guest.registry import Traffic, read_log
-from tests.bench import processes
+from tests.bench import build, processes
 from tests.bench.__main__ import main
 from tests.bench.cold import Replay, Result, add_extras, compared, in_common
 from tests.bench.crash import verdict
@@ -165,6 +165,29 @@ def test_extra_files_are_spread_over_folders_and_all_differ(tmp_path: Path) -> N
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len({path.read_bytes() for path in files}) == 2001
     assert len({path.parent for path in files}) == 3
+
+
+def test_builds_are_compared_pair_by_pair() -> None:
+    def cost(side: str, number: int, wall_s: float, peak_kib: int) -> build.Cost:
+        return build.Cost("files", side, number, wall_s, 2.0, peak_kib, 1_000_000, 2_000_000, "")
+
+    costs = [cost("rafs", 1, 1.0, 1024), cost("nydus-image", 1, 4.0, 9000)]
+    costs += [cost("rafs", 2, 3.0, 2048), cost("nydus-image", 2, 6.0, 9000)]
+    rows = build.compared(costs)
+    assert rows[0] == ["files", "rafs", "2.00 (1.00 to 3.00)", 2.0, 2.0, 1.0, 2.0, "0.38 (0.25 to 0.50)"]
+    assert [row[-1] for row in rows] == ["0.38 (0.25 to 0.50)", ""]
+    assert [row[-1] for row in build.compared(costs[::2])] == [""]
+
+
+def test_a_build_is_measured_with_all_it_has_written(tmp_path: Path) -> None:
+    script = f"open({str(tmp_path / 'image.boot')!r}, 'w').write('b' * 7); b = bytearray(64 << 20)"
+    (tmp_path / ("a" * 64)).write_bytes(b"x" * 5)
+    cost = build.measured("files", "rafs", 1, [sys.executable, "-c", script], tmp_path)
+    assert (cost.blob_size, cost.bootstrap_size) == (5, 7)
+    assert cost.peak_kib > 64 << 10
+    assert cost.wall_s > 0
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        build.measured("files", "rafs", 1, [sys.executable, "-c", "exit(3)"], tmp_path)
 
 
 LOG = b"""127.0.0.1 - - [24/Nov/2026:06:25:00 +0000] "GET /v2/a/b/blobs/sha256:aa HTTP/1.1" 206 100 "" "x"
