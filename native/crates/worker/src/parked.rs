@@ -78,6 +78,12 @@ impl Parking {
         self.posted.remove(&chunk);
     }
 
+    /// A request has failed: control may have given up each of its chunks by now, not only the one that was
+    /// looked at. Whoever wants one of them has to ask again.
+    pub fn forget_all_posts(&mut self) {
+        self.posted.clear();
+    }
+
     /// All waiting requests, oldest first, to be looked at; those that go on waiting are pushed again.
     pub fn take_all(&mut self) -> Vec<Parked> {
         std::mem::replace(&mut self.list, std::mem::take(&mut self.spare))

@@ -339,7 +339,7 @@ impl RingThread {
                 budget.spend(self.server.serve(&mut self.queues[i], at));
                 self.step();
             } else if now >= parked.deadline_ns {
-                self.server.parking.forget_post(parked.missing);
+                self.server.parking.forget_all_posts();
                 let late = &self.server.shared.thread(self.index).deadline_errors;
                 late.store(late.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
                 let queue = &mut self.queues[i];
