@@ -85,9 +85,9 @@ class Rig:
         own = sum(process.own for process in memory(self.daemon.process.pid))
         self.peak_kib = max(self.peak_kib, own)
 
-    def run(self, cells: list[Cell]) -> list[Done]:
-        """Lets all readers of *cells* read."""
-        done = drive(self.fe, self.nodes, self.image.folders, cells, self.look)
+    def run(self, cells: list[Cell], most: int | None = None) -> list[Done]:
+        """Lets all readers of *cells* read; *most* as for ``drive``."""
+        done = drive(self.fe, self.nodes, self.image.folders, cells, self.look, most)
         self.look()
         return done
 

@@ -81,10 +81,14 @@ def drive(
     folders: dict[str, Folder],
     cells: list[Cell],
     look: Callable[[], None] | None = None,
+    most: int | None = None,
 ) -> list[Done]:
-    """Lets all readers of *cells* read to their end; *look* is called now and then meanwhile."""
+    """Lets all readers of *cells* read to their end; *look* is called now and then meanwhile.
+
+    *most* bounds how much each of many readers reads; a single one reads everything.
+    """
     readers = [
-        _Reader(cell, folders[cell.name], cell.reads(number))
+        _Reader(cell, folders[cell.name], cell.reads(number)[: most if cell.readers > 1 else None])
         for cell in cells
         for number in range(cell.readers)
     ]

@@ -79,7 +79,10 @@ async def send_part(
     response = web.StreamResponse(status=status, headers=headers)
     response.content_length = len(body)
     record.status = status
-    await response.prepare(request)
+    try:
+        await response.prepare(request)
+    except ConnectionError:
+        return response  # the client went away while the answer was held back
     if request.method == "HEAD":
         return response
     if "stall" in names:
