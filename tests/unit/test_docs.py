@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -41,8 +42,13 @@ def test_exit_codes_are_documented() -> None:
 def test_options_in_the_documents_exist() -> None:
     """Every ``--option`` that README and operations name belongs to a command."""
     runner = CliRunner()
-    commands = list(cli.list_commands(cli.make_context("virtiofsd-rafs", ["check"], resilient_parsing=True)))
-    known = {option for name in commands for option in options(runner.invoke(cli, [name, "--help"]).output)}
+    context = cli.make_context("virtiofsd-rafs", ["check"], resilient_parsing=True)
+    calls = [[name] for name in cli.list_commands(context)]
+    for (name,) in calls[:]:
+        command = cli.get_command(context, name)
+        if isinstance(command, click.Group):
+            calls += [[name, part] for part in command.commands]
+    known = {option for call in calls for option in options(runner.invoke(cli, [*call, "--help"]).output)}
     known |= options((ROOT / "scripts" / "quickstart").read_text())
     known |= {"--unix-socket", "--help"}
     for page in ("README.md", "docs/operations.md"):

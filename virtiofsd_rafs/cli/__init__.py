@@ -21,6 +21,7 @@ _COMMANDS = {
         "Show a running daemon's processes, queues and traffic.",
     ),
     "boot": ("virtiofsd_rafs.cli.boot", "boot", "Show what happened while a guest started (boot report)."),
+    "cache": ("virtiofsd_rafs.cli.cache", "cache", "Show, clean and verify a cache directory."),
     "build": ("virtiofsd_rafs.cli.build", "build", "Build a RAFS v6 image from a directory."),
     "push": ("virtiofsd_rafs.cli.push", "push", "Push a built image to a registry."),
     "inspect": ("virtiofsd_rafs.cli.inspect", "inspect", "Show what an image contains."),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from virtiofsd_rafs.registry.reference import Reference, is_sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -52,38 +53,57 @@ class ContentStore:
 
     def manifest_of(self, reference: Reference) -> str | None:
         """The digest of the manifest (or index) that *reference*'s tag named when it was last asked for."""
-        path = self._record_path(reference)
+        path = self.record_path_of(reference.key)
         data = None if path is None else _read(path, _MAX_RECORD_LEN)
-        if data is None:
-            return None
-        try:
-            record = json.loads(data)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
-            return None
+        record = _parse_record(data)
         # The name is stored as well, so that a moved or copied file speaks for no other image.
-        digest = record.get("manifest")
-        if record.get("name") != reference.key or not isinstance(digest, str) or not is_sha256(digest):
+        if record is None or record[0] != reference.key:
             return None
-        return digest
+        return record[1]
 
     def remember(self, reference: Reference, manifest_digest: str) -> None:
         """Notes that *reference*'s tag names *manifest_digest*."""
-        path = self._record_path(reference)
+        path = self.record_path_of(reference.key)
         if path is not None:
             record = {"version": _RECORD_VERSION, "name": reference.key, "manifest": manifest_digest}
             _write(path, json.dumps(record).encode() + b"\n")
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """All tags that are known, as (``host/repo:tag``, digest of manifest or index)."""
+        if self._root is None:
+            return
+        for path in sorted((self._root / "images").glob("*.json")):
+            record = _parse_record(_read(path, _MAX_RECORD_LEN))
+            # A record speaks for the name that its own name was made of.
+            if record is not None and path == self.record_path_of(record[0]):
+                yield record
+
+    def record_path_of(self, name: str) -> Path | None:
+        """Where the record of the tag ``host/repo:tag`` is kept."""
+        if self._root is None:
+            return None
+        return self._root / "images" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
 
     def _content_path(self, digest: str) -> Path | None:
         if self._root is None or not is_sha256(digest):
             return None
         return self._root / "content" / "sha256" / digest.partition(":")[2]
 
-    def _record_path(self, reference: Reference) -> Path | None:
-        if self._root is None:
-            return None
-        return self._root / "images" / f"{hashlib.sha256(reference.key.encode()).hexdigest()}.json"
+
+def _parse_record(data: bytes | None) -> tuple[str, str] | None:
+    """Name and digest in a tag's record; None when it is no such thing."""
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
+        return None
+    name, digest = record.get("name"), record.get("manifest")
+    if not isinstance(name, str) or not isinstance(digest, str) or not is_sha256(digest):
+        return None
+    return name, digest
 
 
 def _read(path: Path, limit: int) -> bytes | None:

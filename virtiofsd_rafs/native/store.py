@@ -7,6 +7,7 @@ that all methods may be called from any thread; the calls that work on bytes rel
 from __future__ import annotations
 
 import math
+import os
 import sys
 from array import array
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -147,6 +148,10 @@ class ChunkView:
         """Whether some daemon says that it is fetching *chunk*; it may have died since."""
         return self.has_data and self._states[chunk] & 7 == _FETCHING
 
+    def stored(self, chunk: int) -> bool:
+        """Whether the data file has bytes of *chunk*, verified or not."""
+        return self.has_data and self._states[chunk] & 7 in (_PRESENT, _VERIFIED)
+
     def release(self) -> None:
         """Gives the views up; any later use raises ValueError."""
         for view in (self.offsets, self.lengths, self._states, self._extents):
@@ -177,7 +182,7 @@ class Store:
         self._on_disk: dict[int, bool] = {}
         if boot_id is not None and len(boot_id) != 16:
             raise ValueError("a boot id has 16 bytes")
-        cache = str(cache_dir).encode() if cache_dir is not None else b""
+        cache = os.fsencode(cache_dir) if cache_dir is not None else b""
         out = ffi.new("void **")
         with ffi.from_buffer(image) as buf:
             boot = ffi.from_buffer(boot_id) if boot_id is not None else ffi.NULL
@@ -433,7 +438,7 @@ def reclaim(cache_dir: Path, stem: str) -> int | None:
 
     None when another process evicts, or the files are not to be changed. Blocking.
     """
-    folder, name = str(cache_dir).encode(), stem.encode()
+    folder, name = os.fsencode(cache_dir), stem.encode()
     n = raise_for(lib.vr_cache_reclaim(folder, len(folder), name, len(name)))
     return n - 1 if n else None
 

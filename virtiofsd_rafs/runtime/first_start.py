@@ -118,6 +118,8 @@ class FirstStart:
             task = asyncio.ensure_future(self._prefetch(table))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        if not self._fits():
+            return
         if config.prefetch == "all":
             self._planner.background.prefetch_all()
         if config.fill == "now":
@@ -125,6 +127,15 @@ class FirstStart:
         elif config.fill == "after-start":
             self._fill = "waiting"
             self._later(_TICK_S)
+
+    def _fits(self) -> bool:
+        """Whether all of the image may stay in the cache: else the end of it would push out its beginning."""
+        size = sum(self._store.blob(index).uncompressed_size for index in self._blobs)
+        whole = self._config.prefetch == "all" or self._config.fill != "never"
+        fits = not self._config.cache_size or size <= self._config.cache_size
+        if whole and not fits:
+            _log.warning("the image has %d bytes, above --cache-size: it is fetched on demand only", size)
+        return fits
 
     async def close(self) -> None:
         """Ends it: nothing is begun any more."""

@@ -7,6 +7,7 @@ mappings stay valid.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -92,6 +93,30 @@ def seal_bootstrap(bootstrap: bytes) -> int:
         os.close(fd)
 
 
+_CACHE_REMEDIES = {
+    errno.EACCES: "let this user write there",
+    errno.EPERM: "let this user write there",
+    errno.EROFS: "it is mounted read-only",
+    errno.EEXIST: "it is a file, name a directory",
+    errno.ENOTDIR: "a part of the path is a file, name a directory",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EIO: "the disk is broken",
+}
+
+
+def _tell_unusable(cache_dir: Path, cause: int) -> None:
+    """Says why the cache directory cannot be used, and what can be done."""
+    remedy = _CACHE_REMEDIES.get(cause, "choose another place")
+    _log.warning(
+        "cache directory %s cannot be used (%s): memory stands in; %s, or give another --cache-dir, or "
+        "--no-cache",
+        cache_dir,
+        os.strerror(cause),
+        remedy,
+    )
+
+
 def usable_cache(cache_dir: Path | None) -> Path | None:
     """*cache_dir*, made if need be; None when it cannot be had: memory stands in then."""
     if cache_dir is None:
@@ -99,10 +124,11 @@ def usable_cache(cache_dir: Path | None) -> Path | None:
     try:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        _log.warning("cache directory %s cannot be used (%s): memory stands in", cache_dir, e.strerror)
+        _tell_unusable(cache_dir, e.errno or 0)
         return None
     if not os.access(cache_dir, os.R_OK | os.W_OK | os.X_OK):
-        _log.warning("cache directory %s cannot be written: memory stands in", cache_dir)
+        read_only = os.statvfs(cache_dir).f_flag & os.ST_RDONLY
+        _tell_unusable(cache_dir, errno.EROFS if read_only else errno.EACCES)
         return None
     return cache_dir
 
@@ -159,6 +185,7 @@ class Mounter:
         missing = [blob for blob in store.blobs() if blob.needs_chunk_info]
         if missing:
             from virtiofsd_rafs.backends.retry import with_retries
+            from virtiofsd_rafs.cache.nydusd import read_meta
 
             source = await open_source(image)
             for blob in missing:
@@ -168,7 +195,7 @@ class Mounter:
                         store,
                         blob,
                         source,
-                        meta=image.blob_metas.get(blob.blob_id),
+                        meta=image.blob_metas.get(blob.blob_id) or read_meta(self._cache_dir, blob.blob_id),
                         allow_unverified=self._config.allow_unverified,
                     )
 
@@ -223,12 +250,13 @@ class Mounter:
         check_verifiable(blobs, allow_unverified=self._config.allow_unverified)
         on_disk = [store.open_blob(blob.blob_index) for blob in blobs]
         if self._cache_dir is not None and not all(on_disk):
-            why = os.strerror(store.stats().last_disk_errno)
-            _log.warning("cache directory %s refuses (%s): memory stands in", self._cache_dir, why)
+            _tell_unusable(self._cache_dir, store.stats().last_disk_errno)
         if image.blob_dir is not None and self._config.blob_source is None:
             folder, names = image.blob_dir, [blob.blob_id for blob in blobs]
             # Nobody waits for it: the directory may be on a NAS that hangs.
             threading.Thread(target=_tell_missing, args=(folder, names), daemon=True).start()
+        if self._config.cache_nydusd and self._cache_dir is not None:
+            self._write_metas(image, blobs, self._cache_dir)
         bootstrap_fd = seal_bootstrap(image.bootstrap)
         spill_fd = store.share_spill()
         send(self._keeper, MOUNT_BEGIN, MOUNT_INDEX, len(blobs), fds=[bootstrap_fd, spill_fd])
@@ -241,6 +269,15 @@ class Mounter:
         send(self._keeper, MOUNT_COMMIT, MOUNT_INDEX)
         _log.info("serving %s: %d blobs", image.name, len(blobs))
         return self._mounted(image, store, bootstrap_fd)
+
+    def _write_metas(self, image: ResolvedImage, blobs: list[BlobInfo], cache_dir: Path) -> None:
+        from virtiofsd_rafs.cache.nydusd import write_meta
+
+        for blob in blobs:
+            try:
+                write_meta(cache_dir, blob.blob_id, image.blob_metas.get(blob.blob_id))
+            except OSError as e:
+                _log.warning("the chunk map of blob %s cannot be kept: %s", blob.blob_id, e.strerror)
 
     def _mounted(self, image: ResolvedImage, store: Store, bootstrap_fd: int) -> Mounted:
         return Mounted(
