@@ -72,7 +72,9 @@ def test_refused(text: str) -> None:
         parse_reference(text)
 
 
-@pytest.mark.parametrize("text", ["me:hunter2@ghcr.io/a", "https://me:hunter2@ghcr.io/a"])
+@pytest.mark.parametrize(
+    "text", ["me:hunter2@ghcr.io/a", "https://me:hunter2@ghcr.io/a", "me:hun/hunter2@x@ghcr.io/a"]
+)
 def test_a_password_in_a_reference_is_not_repeated(text: str) -> None:
     with pytest.raises(ConfigError) as e:
         parse_reference(text)

@@ -109,8 +109,12 @@ class ProxyOptions:
     ) -> ProxyOptions:
         """Options for *url*, which may name user and password. Raises ConfigError."""
         bare, auth = split_user(url, "the proxy")
+        parts = urlsplit(bare)
+        if parts.path not in ("", "/") or parts.query:
+            # Not shown: it may be something else that was pasted here.
+            raise ConfigError("the proxy has a path", remedy="write http://host[:port]")
         return cls(
-            url=bare,
+            url=f"{parts.scheme}://{parts.netloc}",
             auth=auth,
             ping_url=ping_url,
             fallback=fallback,

@@ -116,7 +116,7 @@ def _port_fits(host: str) -> bool:
 
 def _bad(text: str, why: str, remedy: str = "") -> ConfigError:
     # A password pasted into the reference (user:secret@host) must not come back in a message.
-    shown = re.sub(r"^([^@/]*):[^@/]*@(?!sha256:)", r"\1:***@", text.partition("://")[2] or text)
+    shown = re.sub(r"^([^@/:]*):.*@(?!sha256:)", r"\1:***@", text.partition("://")[2] or text)
     return ConfigError(
         f"{shown!r} is no image reference: {why}", remedy=remedy or "write host/repository:tag"
     )
