@@ -194,6 +194,25 @@ def seen(text: str) -> list[str]:
     return [name for name, secret in CANARIES.items() if any(s in text for s in spellings(secret))]
 
 
+def in_memory(pid: int) -> list[str]:
+    """The canaries in a process's own memory; what it shares with the VM is left out."""
+    found = set()
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, mode, *rest = line.split()
+            if mode[0] != "r" or "s" in mode or rest[-1].startswith("[v"):
+                continue
+            first, end = (int(number, 16) for number in span.split("-"))
+            memory.seek(first)
+            data = memory.read(end - first)
+            found |= {name for name, secret in CANARIES.items() if any(s in data for s in _bytes(secret))}
+    return sorted(found)
+
+
+def _bytes(secret: str) -> list[bytes]:
+    return [s.encode() for s in (secret, pair("me", secret), quote(secret, safe=""))]
+
+
 def processes(daemon: Daemon) -> list[int]:
     """Keeper, worker and control, and what they started."""
     found = [daemon.process.pid]
@@ -260,6 +279,10 @@ def test_secrets_are_nowhere_to_be_seen(
                         for found in seen(Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace"))
                     )
 
+        # Neither those who hold the VM's memory nor those who read what it says have a secret anywhere.
+        control = served.session.status()["processes"]["control"]["pid"]
+        for pid in processes(daemon):
+            assert in_memory(pid) == [] or pid == control
         served.collect(served.random_reads(rng))  # the mirror, by its helper
         assert mirror.requests("blob")
         look()
@@ -292,6 +315,7 @@ def test_secrets_are_nowhere_to_be_seen(
         kill(served.worker()["pid"])
         served.collect(served.random_reads(rng))
         look()
+        assert in_memory(served.worker()["pid"]) == []
         # Commands that fail, with the same credentials around.
         socket = str(daemon.socket)
         by_proxy = f"http://me:{quote(CANARIES['mistake'])}@x"
