@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -191,6 +194,27 @@ def test_what_may_not_be_read_is_named(what: str) -> None:
         assert [str(e) for e in failures] == [f"cannot store a/{what}: Permission denied"]
         assert failures[0].path == f"a/{what}"
         assert os.listdir(Path(work) / "out") == []
+
+
+def test_few_descriptors_and_little_memory_are_enough(src: Path, tmp_path: Path) -> None:
+    (src / "large").write_bytes(os.urandom(1 << 20) * 128)
+    for i in range(2000):
+        (src / f"two{i}").write_bytes(b"%d" % i * 1500)
+        with (src / f"hole{i}").open("wb") as f:
+            f.truncate(8192)
+            f.seek(5000)
+            f.write(b"%d" % i)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+    command = [sys.executable, "-m", "virtiofsd_rafs", "build", src, "-o", tmp_path / "out", "-j", "4"]
+    for options in ([], ["--chunk-size", "4K"]):
+        build = subprocess.Popen([*command, *options], preexec_fn=limit)
+        _, status, usage = os.wait4(build.pid, 0)
+        build.returncode = os.waitstatus_to_exitcode(status)
+        assert build.returncode == 0
+        assert usage.ru_maxrss < 100 << 10
 
 
 def test_an_odd_path_is_printable(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

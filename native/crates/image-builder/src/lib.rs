@@ -10,6 +10,7 @@ mod bootstrap;
 mod codec;
 mod dedup;
 mod error;
+mod feeder;
 mod pipeline;
 mod prefetch;
 mod scan;
@@ -17,6 +18,7 @@ mod source;
 mod spool;
 #[cfg(test)]
 mod testing;
+mod worker;
 mod xattr;
 
 use std::fs::File;
@@ -131,3 +133,7 @@ impl Built {
         bootstrap::write(plan, &self.tree, &self.blob, &self.options, head, out)
     }
 }
+
+#[cfg(test)]
+#[path = "builder_tests.rs"]
+mod tests;

@@ -1,7 +1,10 @@
 use super::*;
 use crate::Limits;
 use crate::blob::{Blob, BlobWriter};
+use crate::source;
 use crate::testing::Folder;
+use std::os::fd::AsFd;
+
 use rafs_format::{Compressor, Digester};
 
 const MIB: usize = 1 << 20;

@@ -6,9 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::error::BuildError;
-use crate::pipeline::{Feed, Feeder, FilePath, join};
+use crate::feeder::{Feed, Feeder};
+use crate::pipeline::{FilePath, join};
 use crate::scan::list_dir;
 use crate::source::{self, Stat};
+use crate::worker::changed;
 
 /// What the system says of a path that leads to nothing in the tree; EINVAL of one that holds NUL.
 const ABSENT: [i32; 6] = [
@@ -27,9 +29,15 @@ pub struct Listed {
     places: HashMap<(u64, u64), usize>,
     items: Vec<Item>,
     /// Numbers of the files whose chunks are laid out by the list.
-    slots: HashMap<(u64, u64), u32>,
+    slots: HashMap<(u64, u64), Slot>,
     /// By number, the chunks that are not laid out by the list: first and count.
     rests: Vec<Vec<(u64, u64)>>,
+}
+
+/// A file whose chunks are laid out by the list, as it was found then.
+struct Slot {
+    number: u32,
+    stat: Stat,
 }
 
 struct Item {
@@ -86,9 +94,9 @@ impl Listed {
         self.places.get(&key).copied()
     }
 
-    /// The number of a file whose chunks are laid out by the list.
-    pub fn slot(&self, key: (u64, u64)) -> Option<u32> {
-        self.slots.get(&key).copied()
+    /// The number of a file whose chunks are laid out by the list, and what it was when it was listed.
+    pub fn slot(&self, key: (u64, u64)) -> Option<(u32, &Stat)> {
+        self.slots.get(&key).map(|slot| (slot.number, &slot.stat))
     }
 
     /// The chunks of such a file that are not.
@@ -174,10 +182,17 @@ impl Listed {
         if offset >= end {
             return Ok(());
         }
-        let slot = *self.slots.entry(stat.key()).or_insert_with(|| {
+        let slot = self.slots.entry(stat.key()).or_insert_with(|| {
             self.rests.push(vec![(0, stat.size.div_ceil(size))]);
-            self.rests.len() as u32 - 1
+            Slot {
+                number: self.rests.len() as u32 - 1,
+                stat: *stat,
+            }
         });
+        if !slot.stat.same_content(stat) {
+            return Err(changed(&path.full()).into());
+        }
+        let slot = slot.number;
         let rest = &mut self.rests[slot as usize];
         for (first, count) in claim(rest, offset / size, end.div_ceil(size)) {
             feeder.range(path, stat, first, count, Some(slot))?;

@@ -13,10 +13,12 @@ use std::sync::atomic::Ordering;
 
 use crate::bootstrap::{BLOCK, DIRENT};
 use crate::error::BuildError;
-use crate::pipeline::{Feed, Feeder, FilePath, Progress, join};
+use crate::feeder::{Feed, Feeder};
+use crate::pipeline::{FilePath, Progress, join};
 use crate::prefetch::Listed;
 use crate::source::{self, Names, Stat, XattrReader};
 use crate::spool::{Reader, Spool};
+use crate::worker::changed;
 use crate::xattr::Xattrs;
 
 /// File types of EROFS, by S_IFMT.
@@ -276,7 +278,10 @@ impl<'a, 'f> Scanner<'a, 'f> {
 
     fn content(&mut self, ino: u32, path: FilePath, st: Stat) -> Result<(), Feed> {
         self.tree.content_size += st.size;
-        if let Some(slot) = self.listed.slot(st.key()) {
+        if let Some((slot, listed)) = self.listed.slot(st.key()) {
+            if !listed.same_content(&st) {
+                return Err(changed(&path.full()).into());
+            }
             self.tree.kept.insert(ino, slot);
             for (first, count) in self.listed.rest(slot) {
                 self.feeder.range(&path, &st, first, count, Some(slot))?;
