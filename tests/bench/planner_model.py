@@ -22,13 +22,13 @@ from tests.bench.material import Material, prepare
 from tests.bench.options import work_option
 from virtiofsd_rafs.config import DEFAULT_AMPLIFY, DEFAULT_CONNECTIONS
 from virtiofsd_rafs.native.rafs import FileRun, NativeTree
+from virtiofsd_rafs.runtime.backlog import Run
 from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import NOBODY, Fetch, Posted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from virtiofsd_rafs.runtime.backlog import Run
 
 # What decoding and verifying take, in bytes of the blob per second.
 _DECODE = 250e6
@@ -286,7 +286,7 @@ def model(tree: Path, trace: Path | None, amplify: int, first_window: int | None
 def with_lists(found: dict[str, tuple[Blob, list[Access]]]) -> list[list[object]]:
     """The recorded boot when its chunks are prefetched in their order."""
     blob, accesses = found["recorded boot"]
-    listed = [(0, chunk, 1) for access in accesses for chunk in access.chunks]
+    listed = [Run(0, chunk, 1) for access in accesses for chunk in access.chunks]
     rows: list[list[object]] = []
     for link, (rate, trip) in LINKS.items():
         cost = Model(blob, rate, trip).run(accesses, listed)

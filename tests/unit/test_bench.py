@@ -22,6 +22,7 @@ from tests.bench.planner_model import Access, Blob, Model, recorded
 from tests.bench.start import summary
 from tests.bench.trace import STEP, boot_like
 from virtiofsd_rafs.native.frontend import LoadResult, OpResult
+from virtiofsd_rafs.runtime.backlog import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,7 +224,7 @@ def test_the_model_of_the_planner_counts_time_as_a_link_does() -> None:
     both = Model(blob, 1e6, 0.1, amplify=0).run([Access(0.0, (50, 7))])
     assert both.waited == pytest.approx(0.1 + 0.02 + 10_000 / 250e6)
     # What is listed comes while the guest thinks; what nobody read is waste.
-    listed = Model(blob, 1e6, 0.1).run([Access(1.0, (50,))], [(0, 50, 1), (0, 20, 1)])
+    listed = Model(blob, 1e6, 0.1).run([Access(1.0, (50,))], [Run(0, 50, 1), Run(0, 20, 1)])
     assert (listed.waited, listed.requests, listed.wasted) == (0.0, 2, 10_000)
 
 

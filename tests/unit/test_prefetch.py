@@ -43,7 +43,7 @@ def chunks_of(image: bytes, path: str) -> list[int]:
 
 
 def flat(runs: list[Run]) -> list[int]:
-    return [first + i for _, first, n in runs for i in range(n)]
+    return [first + i for _, first, n, _ in runs for i in range(n)]
 
 
 def test_lists_are_read_and_written() -> None:

@@ -22,6 +22,11 @@ _COMMANDS = {
     ),
     "boot": ("virtiofsd_rafs.cli.boot", "boot", "Show what happened while a guest started (boot report)."),
     "cache": ("virtiofsd_rafs.cli.cache", "cache", "Show, clean and verify a cache directory."),
+    "record": (
+        "virtiofsd_rafs.cli.record",
+        "record",
+        "Write down what a guest has read, as a prefetch list.",
+    ),
     "build": ("virtiofsd_rafs.cli.build", "build", "Build a RAFS v6 image from a directory."),
     "push": ("virtiofsd_rafs.cli.push", "push", "Push a built image to a registry."),
     "inspect": ("virtiofsd_rafs.cli.inspect", "inspect", "Show what an image contains."),

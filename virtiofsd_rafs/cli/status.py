@@ -31,11 +31,8 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def fetch_status(api_socket: Path, path: str = "/api/v1/status") -> dict[str, Any]:
-    """The status of the daemon that listens at *api_socket*, or what it answers to another *path*.
-
-    Raises Unreachable, BadReply.
-    """
+def fetch_body(api_socket: Path, path: str) -> bytes:
+    """What the daemon that listens at *api_socket* answers to *path*. Raises Unreachable, BadReply."""
     connection = _UnixConnection(api_socket)
     try:
         connection.request("GET", path)
@@ -49,8 +46,16 @@ def fetch_status(api_socket: Path, path: str = "/api/v1/status") -> dict[str, An
         connection.close()
     if response.status != http.client.OK:
         raise BadReply(f"{api_socket}: HTTP status {response.status}")
+    return body
+
+
+def fetch_status(api_socket: Path, path: str = "/api/v1/status") -> dict[str, Any]:
+    """The status of the daemon that listens at *api_socket*, or what it answers to another *path*.
+
+    Raises Unreachable, BadReply.
+    """
     try:
-        status = json.loads(body)
+        status = json.loads(fetch_body(api_socket, path))
     except ValueError as e:
         raise BadReply(f"{api_socket}: the answer is no JSON") from e
     if not isinstance(status, dict):

@@ -416,6 +416,12 @@ class Store:
 
 
 def paths(image: bytes | memoryview | mmap, nodeids: Sequence[int]) -> dict[int, str]:
+    """:func:`raw_paths` as text; what is no UTF-8 is escaped."""
+    found = raw_paths(image, nodeids)
+    return {nodeid: path.decode("utf-8", "backslashreplace") for nodeid, path in found.items()}
+
+
+def raw_paths(image: bytes | memoryview | mmap, nodeids: Sequence[int]) -> dict[int, bytes]:
     """Paths of nodes, named by the ids that a guest uses; a node without a name is left out.
 
     Blocking: walks the tree of the bootstrap *image*. Raises BadImage.
@@ -430,7 +436,7 @@ def paths(image: bytes | memoryview | mmap, nodeids: Sequence[int]) -> dict[int,
                 break
             size = n
     names = bytes(ffi.buffer(out, n)).split(b"\0")
-    return {i: name.decode("utf-8", "backslashreplace") for i, name in zip(ids, names, strict=False) if name}
+    return {i: name for i, name in zip(ids, names, strict=False) if name}
 
 
 def reclaim(cache_dir: Path, stem: str) -> int | None:

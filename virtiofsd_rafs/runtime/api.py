@@ -57,6 +57,10 @@ def make_app(view: View) -> web.Application:
         text = await loop.run_in_executor(None, lambda: _dumps(gather()))
         return web.Response(text=text, content_type="application/json")
 
+    async def accessed(_: web.Request) -> web.Response:
+        body = await asyncio.get_running_loop().run_in_executor(None, view.accessed())
+        return web.Response(body=body, content_type="text/plain")
+
     async def healthz(_: web.Request) -> web.Response:
         return _json({"status": "ok", "loop_lag_s": await _loop_lag()})
 
@@ -82,6 +86,7 @@ def make_app(view: View) -> web.Application:
     app.router.add_get("/api/v1/daemon", daemon)
     app.router.add_get("/api/v1/status", status)
     app.router.add_get("/api/v1/trace", trace)
+    app.router.add_get("/api/v1/accessed", accessed)
     app.router.add_put("/api/v1/config", renew)
     app.router.add_get("/api/v1/config", renewed)
     app.router.add_get("/healthz", healthz)

@@ -56,6 +56,8 @@ class Picked(NamedTuple):
     end: int
     chunks: list[int]
     """By their place in the blob."""
+    nodeid: int
+    """The file of the first one that was picked; 0: not known."""
 
 
 class Background:
@@ -244,4 +246,4 @@ class Background:
                 start = min(start, at)
         if reason == "fill" and self._fill_rate:
             self._fill_at = max(now, self._fill_at) + (end - start) / self._fill_rate
-        return Picked(reason, blob, start, end, chunks)
+        return Picked(reason, blob, start, end, chunks, backlog.nodeid(key))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +19,15 @@ LOOK = 512
 # pause.
 MAX_SCAN = 4096
 
-Run = tuple[int, int, int]
-"""(blob, first chunk, number of chunks)"""
+
+class Run(NamedTuple):
+    """Chunks with consecutive numbers."""
+
+    blob: int
+    first: int
+    n_chunks: int
+    nodeid: int = 0
+    """Of the file whose they are, as a guest names it; 0: not known."""
 
 
 class ListBacklog:
@@ -58,14 +65,18 @@ class ListBacklog:
         for _ in range(MAX_SCAN):
             if not self._runs:
                 break
-            blob, first, n = self._runs[0]
+            blob, first, n, nodeid = self._runs[0]
             if absent(blob, first):
                 return blob, first
             if n > 1:
-                self._runs[0] = (blob, first + 1, n - 1)
+                self._runs[0] = Run(blob, first + 1, n - 1, nodeid)
             else:
                 self._runs.popleft()
         return None
+
+    def nodeid(self, key: Key) -> int:
+        """The file of *key*, the head; 0: not known."""
+        return self._runs[0].nodeid if self._runs and self._runs[0][:2] == key else 0
 
     def near(self, key: Key) -> Callable[[int], bool]:
         """Which chunks of the blob of *key*, the head, may go along with it: those that come soon."""
@@ -75,7 +86,7 @@ class ListBacklog:
 
     def _keys(self) -> Iterator[Key]:
         yield from self._again
-        for blob, first, n in self._runs:
+        for blob, first, n, _ in self._runs:
             for chunk in range(first, first + n):
                 yield blob, chunk
 
@@ -137,6 +148,10 @@ class FillBacklog:
                 return self._again[0]
             self._again.popleft()
         return None
+
+    def nodeid(self, _: Key) -> int:
+        """Not known."""
+        return 0
 
     def near(self, _: Key) -> Callable[[int], bool]:
         """All that is absent may go along."""

@@ -171,7 +171,7 @@ class FirstStart:
         except (VirtiofsdRafsError, OSError) as e:
             _log.warning("a prefetch list cannot be used: %s", e)
             return
-        self._listed += sum(n for _, _, n in resolved.runs)
+        self._listed += sum(run.n_chunks for run in resolved.runs)
         self._planner.background.prefetch(resolved.runs)
         if resolved.everything:
             self._planner.background.prefetch_all()

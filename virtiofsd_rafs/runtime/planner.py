@@ -300,6 +300,7 @@ class Planner:
         """Adds to *fetches* what the link can carry beside what somebody waits for."""
         while (picked := self.background.pick(self._load(), now)) is not None:
             fetch = self._start(picked.blob, picked.start, picked.end, picked.chunks, {}, now, picked.reason)
+            fetch.about = Origin(picked.nodeid, 0)
             self.counters.background_fetches += 1
             if picked.reason == "prefetch":
                 self.counters.chunks_prefetched += len(picked.chunks)

@@ -15,13 +15,14 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from virtiofsd_rafs.native.rafs import NativeTree
+from virtiofsd_rafs.runtime.backlog import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from mmap import mmap
 
-    from virtiofsd_rafs.runtime.backlog import Run
-
+# Node ids that a guest uses are numbers of inodes in the image, this much larger; the root is 1.
+NID_BIAS = 2
 # As many as Linux follows in one look-up.
 _MAX_LINKS = 40
 # After so many lines the other threads get their turn.
@@ -148,4 +149,4 @@ def resolve_table(image: bytes | mmap) -> Resolved:
 
 def _runs(tree: NativeTree, nid: int, offset: int, length: int | None) -> list[Run]:
     found = tree.runs(nid, offset, length)
-    return [(run.blob_index, run.first, run.n_chunks) for run in found]
+    return [Run(run.blob_index, run.first, run.n_chunks, run.nid + NID_BIAS) for run in found]

@@ -109,6 +109,23 @@ class View:
             found = paths(bootstrap, nodeids)
         self._names.update({nodeid: found.get(nodeid, "") for nodeid in nodeids})
 
+    def accessed(self) -> Callable[[], bytes]:
+        """What was read so far, as a prefetch list: the result makes it, in a thread, out of copies."""
+        mounted = self._mounted
+        if mounted is None:
+            return bytes
+        log = list(self.metrics.log)
+        touched = {index: bytes(mounted.store.touched(index)) for index in mounted.blob_ids}
+
+        def gather() -> bytes:
+            from virtiofsd_rafs.runtime.accessed import accessed, order_of_use
+            from virtiofsd_rafs.runtime.prefetch import format_list
+
+            with mmap.mmap(mounted.bootstrap_fd, 0, prot=mmap.PROT_READ) as bootstrap:
+                return format_list(accessed(bootstrap, order_of_use(log, touched)))
+
+        return gather
+
     def _stalls(self) -> Stalls:
         if self._agent is None:
             return Stalls()

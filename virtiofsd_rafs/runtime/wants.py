@@ -85,6 +85,9 @@ class Fetch:
     demanded: frozenset[int] = frozenset()
     """Chunks that somebody waited for when it was planned."""
 
+    about: Origin = NOBODY
+    """The file that was prefetched, while nobody waits for it."""
+
     def reasons(self) -> list[tuple[int, str]]:
         """Why each of its chunks was fetched."""
         others = "read-ahead" if self.reason == "demand" else self.reason
@@ -92,8 +95,8 @@ class Fetch:
 
     @property
     def origin(self) -> Origin:
-        """Who asked first; nobody, for a fetch in the background that nobody has joined."""
-        return next((want.origin for want in self.wants.values()), NOBODY)
+        """Who asked first; for a fetch in the background that nobody has joined, what it is about."""
+        return next((want.origin for want in self.wants.values()), self.about)
 
 
 @attrs.define

@@ -1,0 +1,41 @@
+"""``virtiofsd-rafs record``: what a guest has read, as a prefetch list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from virtiofsd_rafs.cli.status import fetch_body
+from virtiofsd_rafs.config import default_api_socket
+from virtiofsd_rafs.errors import ConfigError
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--api-socket", type=_PATH, help="The daemon's API socket.")
+@click.option(
+    "--socket-path", type=_PATH, help="The daemon's vhost-user socket: its API socket lies beside it."
+)
+@click.option("-o", "--output", type=_PATH, help="Write the list here.  [default: standard output]")
+@click.option("--files", "whole", is_flag=True, help="Only paths: each file once, without parts.")
+def record(api_socket: Path | None, socket_path: Path | None, output: Path | None, whole: bool) -> None:
+    """Write down what the guest of a running daemon has read so far, in the order of first use.
+
+    The list is for `serve --prefetch-files` and `build --prefetch-files`: record it when a guest has started.
+
+    \b
+    Example: virtiofsd-rafs record --socket-path rafs.sock -o app.prefetch
+    """
+    if (api_socket is None) == (socket_path is None):
+        raise ConfigError("which daemon?", remedy="give either --api-socket or --socket-path")
+    if api_socket is None:
+        assert socket_path is not None
+        api_socket = default_api_socket(socket_path)
+    listed = fetch_body(api_socket, "/api/v1/accessed")
+    if whole:
+        paths = dict.fromkeys(line.split(b"\t", 1)[0] for line in listed.splitlines())
+        listed = b"".join(path + b"\n" for path in paths)
+    with click.open_file(str(output or "-"), "wb") as file:
+        file.write(listed)
