@@ -21,7 +21,6 @@ _OPTIONS = (
     click.option("--plain-http", is_flag=True, help="Speak http to the registry instead of https."),
     click.option(
         "--mirror",
-        "mirrors",
         multiple=True,
         metavar="URL",
         help="Ask http(s)://HOST[:PORT][/PREFIX] before the registry; may be repeated, first one first.",
@@ -29,7 +28,6 @@ _OPTIONS = (
     click.option("--auth-file", type=_FILE, help="Take credentials from this file and no other."),
     click.option(
         "--ca-file",
-        "ca_files",
         type=_FILE,
         multiple=True,
         help="Trust the PEM certificates in this file beside the system's; may be repeated.",
@@ -47,21 +45,21 @@ def registry_options(command: Command) -> Command:
     def collected(
         *args: Any,
         plain_http: bool,
-        mirrors: tuple[str, ...],
+        mirror: tuple[str, ...],
         auth_file: Path | None,
-        ca_files: tuple[Path, ...],
+        ca_file: tuple[Path, ...],
         skip_verify: bool,
         proxy: str | None,
         proxy_fallback: bool,
         **kwargs: Any,
     ) -> object:
         access = None
-        if plain_http or mirrors or auth_file or ca_files or skip_verify or proxy:
+        if plain_http or mirror or auth_file or ca_file or skip_verify or proxy:
             access = _access(
                 plain_http=plain_http,
-                mirrors=mirrors,
+                mirrors=mirror,
                 auth_file=auth_file,
-                ca_files=ca_files,
+                ca_files=ca_file,
                 skip_verify=skip_verify,
                 proxy=proxy,
                 proxy_fallback=proxy_fallback,
