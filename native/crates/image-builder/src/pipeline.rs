@@ -20,7 +20,7 @@ use crate::worker::work;
 /// A large file is handed over in pieces of at least this size, unless its chunks are larger.
 pub const RANGE_BYTES: u64 = 1 << 20;
 /// Memory for what workers hold: a piece of input, its result, the compressor's state.
-const WORKERS_BYTES: u64 = 48 << 20;
+const WORKERS_BYTES: u64 = 36 << 20;
 /// Buffers of results kept for the next job.
 const SPARE: usize = 8;
 
