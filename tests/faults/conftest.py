@@ -98,12 +98,13 @@ class Rig:
 
 
 @contextmanager
-def rig(world: World, image: Image, *options: str) -> Iterator[Rig]:
-    """A daemon with an empty cache."""
+def rig(world: World, image: Image, *options: str, folder: Path | None = None, **how: Any) -> Iterator[Rig]:
+    """A daemon with an empty cache, or the one in *folder*; *how* as for ``run_daemon``."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp")))
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp")))
         arguments = ["--amplify", str(AMPLIFY), *options]
-        daemon = stack.enter_context(run_daemon(world, folder, *arguments))
+        daemon = stack.enter_context(run_daemon(world, folder, *arguments, **how))
         fe = stack.enter_context(Frontend.connect(daemon.socket))
         fe.start()
         fe.init()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 
-from guest.daemon import Daemon
+from guest.daemon import PROGRAM, Daemon
 from virtiofsd_rafs.fuse import Opcode
 from virtiofsd_rafs.image.build import build_image
 from virtiofsd_rafs.native.frontend import Frontend
@@ -145,10 +145,20 @@ def start(
 
 
 @contextmanager
-def run_daemon(sim: RegistrySimulator | FaultyProxy, folder: Path, *options: str) -> Iterator[Daemon]:
-    """A daemon of the image ``app:1`` in *sim*; fails when it leaves a process behind."""
+def run_daemon(
+    sim: RegistrySimulator | FaultyProxy,
+    folder: Path,
+    *options: str,
+    host: str | None = None,
+    program: Path = PROGRAM,
+) -> Iterator[Daemon]:
+    """A daemon of the image ``app:1`` in *sim*; fails when it leaves a process behind.
+
+    *host* is another name of *sim*, *program* what to run instead of the daemon itself.
+    """
     arguments = ["--plain-http", "--cache-dir", str(folder / "cache"), "--log-level", "debug", *options]
-    with Daemon(f"{sim.host}/app:1", folder, folder / "log", arguments) as daemon:
+    image = f"{host or sim.host}/app:1"
+    with Daemon(image, folder, folder / "log", arguments, program=program) as daemon:
         daemon.wait_ready()
         yield daemon
         pids = children(daemon.process.pid)
