@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -93,6 +96,58 @@ def test_a_limit_below_what_is_used_costs_time_and_nothing_else(start_on: Callab
     assert all(cache["spill_used"] < 16 * MIB for cache in caches)
     # What has been stored since the last look, and what requests waited for when it happened, come on top.
     assert peak < 24 * MIB
+
+
+EVICT = """
+import sys
+from pathlib import Path
+from virtiofsd_rafs.native.store import Store
+with Store(Path(sys.argv[1]).read_bytes(), cache_dir=Path(sys.argv[2]), spill_size=4096) as store:
+    while True:
+        if store.sweep(1, recover=True).n_chunks:
+            print(flush=True)
+"""
+
+
+def test_everything_is_evicted_at_once_by_somebody_who_dies(start_on: Callable[..., Served]) -> None:
+    """Only what requests wait for stays; the evicting process is killed again and again, wherever it is."""
+    one, two = start_on("one"), start_on("two")
+    cache = one.daemon.socket.parents[1] / "cache"
+    argv = [sys.executable, "-c", EVICT, str(one.image.out / BOOTSTRAP_NAME), str(cache)]
+    done = threading.Event()
+    killed = []
+
+    def evict() -> None:
+        rng = random.Random(9)
+        while not done.is_set():
+            with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                for _ in range(rng.randrange(1, 4)):
+                    process.stdout.readline()
+                    if done.is_set():
+                        break
+                process.kill()
+                killed.append(process.pid)
+
+    evictor = threading.Thread(target=evict)
+    evictor.start()
+    try:
+        for seed in range(2):
+            read_all(one, two, seed=seed, size=1 << 18)
+    finally:
+        done.set()
+        # Something has to be evicted for the last line to come.
+        while evictor.is_alive():
+            one.collect([one.submit_read("f001", 0, 4096)])
+            evictor.join(0.05)
+    assert len(killed) > 3
+    for served in (one, two):
+        served.check_ring()
+        counters = served.session.status()["counters"]
+        assert (counters["errors"], counters["deadline_errors"]) == (0, 0)
+    read_all(one, two, seed=5)
+    one.sim.refuse()
+    read_all(one, two, seed=6)
 
 
 def test_what_one_daemon_has_stored_the_other_uses(start_on: Callable[..., Served]) -> None:

@@ -158,6 +158,23 @@ def test_blobs_that_nobody_has_opened_since_the_boot_take_part(image: MadeImage,
         assert store.states(0).present == store.states(0).verified == 0
 
 
+def test_files_of_an_earlier_version_are_completed(image: MadeImage, cache: Path) -> None:
+    """They end behind the words."""
+    with open_store(image, cache) as store:
+        fill(store, image, [1, 5])
+    with (cache / f"{image.blob_id}.chunk_state").open("r+b") as f:
+        f.truncate(4096 + 4 * N)
+        os.pwrite(f.fileno(), bytes(4), 144)
+    with Store(image.bootstrap, cache_dir=cache, spill_size=1 << 20) as store:
+        sweep = store.sweep(1)  # nothing is known of its chunks
+        assert sweep is not None
+        assert (sweep.n_chunks, sweep.held > 0) == (0, True)
+        store.open_blob(0)
+        assert ready(store) == {1, 5}
+        store.sweep(1)
+        assert ready(store) == set()
+
+
 def test_one_process_at_a_time(image: MadeImage, cache: Path) -> None:
     with open_store(image, cache) as store, (cache / ".eviction.lock").open("w") as lock:
         fill(store, image)

@@ -208,14 +208,13 @@ struct Candidate {
     chunk: u32,
 }
 
-/// Bytes to give back, of `usage`.
-fn excess(dir: BorrowedFd<'_>, limit: u64, usage: u64) -> io::Result<u64> {
+/// Bytes to give back of `usage`, on a disk of `size` bytes of which `free` are left.
+fn excess(limit: u64, usage: u64, free: u64, size: u64) -> u64 {
     if limit == 0 {
-        return Ok(0);
+        return 0;
     }
     let (high, low) = (limit - limit / 16, limit - limit / 8);
     let over = if usage > high { usage - low } else { 0 };
-    let (free, size) = sys::free_bytes(dir)?;
     let reserve = (size >> RESERVE_SHIFT).min(MAX_RESERVE);
     // The disk may be full of something else: the cache does not give itself up for that.
     let short = if free < reserve {
@@ -223,7 +222,7 @@ fn excess(dir: BorrowedFd<'_>, limit: u64, usage: u64) -> io::Result<u64> {
     } else {
         0
     };
-    Ok(over.max(short))
+    over.max(short)
 }
 
 /// Brings the blobs in `dir` below `goal.limit`, or gives the disk air. `now` is the time in seconds since the epoch;
@@ -249,7 +248,8 @@ pub fn sweep(
         ..Sweep::default()
     };
     done.after = done.before;
-    let need = excess(dir, goal.limit, done.before)?;
+    let (free, size) = sys::free_bytes(dir)?;
+    let need = excess(goal.limit, done.before, free, size);
     if need == 0 && !goal.recover {
         return Ok(done);
     }
@@ -342,4 +342,34 @@ pub fn reclaim(dir: BorrowedFd<'_>, stem: &str, boot_id: &BootId) -> io::Result<
         }
     }
     Ok(Some(chunks))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn marks_of_the_limit() {
+        let of = |usage| excess(16 * GIB, usage, 100 * GIB, 200 * GIB);
+        assert_eq!(of(0), 0);
+        assert_eq!(of(15 * GIB), 0);
+        assert_eq!(of(15 * GIB + 1), GIB + 1);
+        assert_eq!(of(20 * GIB), 6 * GIB);
+        assert_eq!(excess(0, u64::MAX, 0, GIB), 0, "no limit");
+        assert_eq!(excess(1, 100, GIB, GIB), 99);
+    }
+
+    #[test]
+    fn a_nearly_full_disk() {
+        let of = |usage, free| excess(100 * GIB, usage, free, 64 * GIB);
+        assert_eq!(of(50 * GIB, GIB), 0);
+        assert_eq!(of(50 * GIB, GIB - 1), GIB / 2 + 1);
+        assert_eq!(of(50 * GIB, 0), GIB + GIB / 2);
+        assert_eq!(of(25 * GIB + 7, 0), 7, "a quarter of the limit stays");
+        assert_eq!(of(GIB, 0), 0);
+        // A huge disk is not kept empty.
+        assert_eq!(excess(GIB, GIB / 2, GIB, u64::MAX), 0);
+    }
 }
