@@ -243,20 +243,28 @@ def test_bytes_that_nobody_speaks_of_are_given_back(image: MadeImage, cache: Pat
         assert reclaim(cache, "no-such-blob") is None
 
 
-def test_readers_and_writers_in_spite_of_constant_eviction(image: MadeImage, cache: Path) -> None:
-    """Two daemons fetch and read at random while a third evicts everything, again and again."""
+@pytest.mark.parametrize(
+    ("n_chunks", "chunk_size", "n_reads", "pause_s"), [(24, CHUNK, 1500, 0.0), (2, 64 * CHUNK, 100, 0.02)]
+)
+def test_readers_and_writers_in_spite_of_constant_eviction(
+    tmp_path: Path, cache: Path, n_chunks: int, chunk_size: int, n_reads: int, pause_s: float
+) -> None:
+    """Three daemons fetch and read at random while another evicts everything, again and again."""
+    image = make_image(
+        tmp_path / "made", n_files=1, chunks_each=n_chunks, chunk_size=chunk_size, compressor="none"
+    )
     stop = threading.Event()
     wrong: list[str] = []
-    read = [0, 0]
+    read = [0, 0, 0]
 
     def use(number: int) -> None:
         rng = random.Random(number)
         with open_store(image, cache) as store:
             state, extents, touched, data = store.share(0)
             assert data is not None
-            places = [struct.unpack("<QI", os.pread(extents, 12, 64 + 32 * c)) for c in range(N)]
-            while read[number] < 1500 and not wrong:
-                chunk = rng.randrange(N)
+            places = [struct.unpack("<QI", os.pread(extents, 12, 64 + 32 * c)) for c in range(n_chunks)]
+            while read[number] < n_reads and not wrong:
+                chunk = rng.randrange(n_chunks)
                 word = os.pread(state, 4, 4096 + 4 * chunk)
                 if word[0] & 7 != 3:
                     store.ingest(0, 0, image.blob, [chunk])
@@ -270,11 +278,14 @@ def test_readers_and_writers_in_spite_of_constant_eviction(image: MadeImage, cac
                 os.close(fd)
 
     def evict() -> None:
+        rng = random.Random(-1)
         with open_store(image, cache) as store:
-            while not stop.is_set():
+            while not stop.wait(
+                rng.random() * pause_s
+            ):  # so that mistakes are there for long enough to be read
                 store.sweep(1)
 
-    threads = [threading.Thread(target=use, args=(number,)) for number in range(2)]
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(3)]
     evictor = threading.Thread(target=evict)
     for thread in (*threads, evictor):
         thread.start()
@@ -283,4 +294,4 @@ def test_readers_and_writers_in_spite_of_constant_eviction(image: MadeImage, cac
     stop.set()
     evictor.join()
     assert wrong == []
-    assert min(read) == 1500
+    assert read == [n_reads] * 3

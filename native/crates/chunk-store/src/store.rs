@@ -11,7 +11,7 @@ use crate::decode::{Defect, digest_matches, with_decoded, with_scratch};
 use crate::disk::{BootId, Options};
 use crate::evict::{self, Goal, Sweep};
 use crate::layout::{ABSENT, MAX_HOLD_S, PRESENT, VERIFIED, state_of};
-use crate::protocol::{WriteStep, write_step};
+use crate::protocol::{Stored, store_bytes};
 use crate::spec::BlobSpec;
 use crate::spill::{Spill, SpillStats};
 use crate::sys;
@@ -77,9 +77,6 @@ pub struct TableFds<'a> {
     pub touched: BorrowedFd<'a>,
     pub data: Option<BorrowedFd<'a>>,
 }
-
-/// How often a chunk is written anew because its word changed meanwhile.
-const WRITE_TRIES: usize = 8;
 
 /// Seconds since the epoch.
 fn now_s() -> u32 {
@@ -215,34 +212,23 @@ impl Store {
     /// Stores verified bytes: on the disk, else in the spill.
     fn keep(&self, blob: &Blob, chunk: u32, offset: u64, bytes: &[u8]) -> Outcome {
         if let (Some(data), Some(word)) = (blob.tables.data(), blob.tables.state(chunk)) {
-            // Another daemon's hint, or eviction, may change the word meanwhile; that never goes on for long.
-            for _ in 0..WRITE_TRIES {
-                let seen = word.load(Ordering::Acquire);
-                match write_step(seen) {
-                    WriteStep::Done => return Outcome::Ok,
-                    WriteStep::Elsewhere => {
-                        self.met_eviction.store(true, Ordering::Relaxed);
-                        break;
+            let stored = store_bytes(word, || {
+                data.write_all_at(bytes, offset)?;
+                blob.tables.set_used(chunk, now_s());
+                Ok(())
+            });
+            match stored {
+                Ok(Stored::Written) => {
+                    self.stored_bytes
+                        .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    if let Some(record) = blob.tables.nydusd() {
+                        record.set(chunk);
                     }
-                    WriteStep::Write(next) => {
-                        if let Err(e) = data.write_all_at(bytes, offset) {
-                            self.note_disk_error(&e);
-                            break;
-                        }
-                        blob.tables.set_used(chunk, now_s());
-                        let published = word
-                            .compare_exchange(seen, next, Ordering::AcqRel, Ordering::Acquire)
-                            .is_ok();
-                        if published {
-                            self.stored_bytes
-                                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                            if let Some(record) = blob.tables.nydusd() {
-                                record.set(chunk);
-                            }
-                            return Outcome::Ok;
-                        }
-                    }
+                    return Outcome::Ok;
                 }
+                Ok(Stored::Known) => return Outcome::Ok,
+                Ok(Stored::Elsewhere) => self.met_eviction.store(true, Ordering::Relaxed),
+                Err(e) => self.note_disk_error(&e),
             }
         }
         match self
