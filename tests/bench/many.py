@@ -129,9 +129,19 @@ def begin(daemons: Sequence[Daemon]) -> None:
 @click.option(
     "--pace", default=64.0, show_default=True, help="Questions to the APIs per second, all together."
 )
+@click.option("--rate", "rate_mbit", type=float, help="Mbit/s of the registry's link. [default: loopback]")
+@click.option("--latency", "latency_ms", default=0.0, help="Milliseconds before each of its answers.")
 @work_option
 @json_option
-def many(n: int, idle_s: float, pace: float, work: Path, json_path: Path | None) -> None:
+def many(
+    n: int,
+    idle_s: float,
+    pace: float,
+    rate_mbit: float | None,
+    latency_ms: float,
+    work: Path,
+    json_path: Path | None,
+) -> None:
     """Many daemons share one cache directory; their VMs read the whole image at the same time.
 
     Counts what the registry sent to each, and asks the daemons' APIs at a steady pace, idle and meanwhile,
@@ -142,7 +152,8 @@ def many(n: int, idle_s: float, pace: float, work: Path, json_path: Path | None)
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vr-")))
-        sim = stack.enter_context(RegistrySimulator())
+        bandwidth = None if rate_mbit is None else rate_mbit * 1e6 / 8
+        sim = stack.enter_context(RegistrySimulator(latency_s=latency_ms / 1000, bandwidth=bandwidth))
         daemons = []
         for i in range(n):
             sim.store.add_build(_REPOSITORY.format(i), "1", material.image)

@@ -18,6 +18,8 @@ from tests.bench.cold import Replay, Result, add_extras, compared, in_common
 from tests.bench.crash import verdict
 from tests.bench.figures import Spread, percentile, ratios, table, write_json
 from tests.bench.held import Outcome, best
+from tests.bench.many import Traffic as Sent
+from tests.bench.many import traffic
 from tests.bench.planner_model import Access, Blob, Model, recorded
 from tests.bench.start import summary
 from tests.bench.trace import STEP, boot_like
@@ -204,6 +206,13 @@ def test_traffic_is_counted_whole_or_for_one_blob() -> None:
     assert read_log(LOG) == Traffic(3, 130)
     assert read_log(LOG, "aa") == Traffic(2, 100)
     assert read_log(LOG, "cc") == Traffic(0, 0)
+
+
+def test_bytes_that_a_registry_sent_twice_are_counted() -> None:
+    assert traffic([]) == Sent(0, 0, 0)
+    apart = traffic([(100, 199), (0, 99), (300, 300)])
+    assert (apart.n_requests, apart.sent, apart.different, apart.twice) == (3, 201, 201, 0)
+    assert traffic([(0, 99), (50, 149), (60, 70)]).twice == 61
 
 
 @pytest.mark.parametrize("mode", sorted(main.commands))

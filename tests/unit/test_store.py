@@ -143,6 +143,7 @@ def test_states_are_shared_and_survive(image: MadeImage, cache: Path) -> None:
         assert two.chunks(0).ready(1)
         two.hint_fetching(0, [2, 0], True)
         assert one.states(0).fetching == 1
+        assert [chunk for chunk in range(4) if one.chunks(0).hinted(chunk)] == [2]
         one.hint_fetching(0, [2], False)
         assert two.states(0) == (len(image.chunks) - 2, 0, 0, 2, 0)
     with open_store(image, cache) as again:
