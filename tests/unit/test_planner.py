@@ -490,6 +490,25 @@ def test_what_another_daemon_fetches_is_left_to_it() -> None:
     assert (p.waiting, p.counters.left_to_others, p.counters.retries) == (1, 1, 0)
 
 
+def test_what_is_left_to_others_is_looked_at_together() -> None:
+    p = planner(Blob(TEN, hinted_set=set(range(10))))
+    looks: set[float] = set()
+    for i in range(10):
+        post(p, i, now=i / 1000)
+        p.next_fetches(i / 1000)
+        event = p.next_event()
+        assert event is not None
+        looks.add(event)
+    now = min(looks)
+    while now < 0.9:
+        p.next_fetches(now)
+        event = p.next_event()
+        assert event is not None
+        looks.add(event)
+        now = event
+    assert len(looks) < 30
+
+
 def test_neither_read_ahead_nor_neighbours_take_what_another_daemon_fetches() -> None:
     p = planner(Blob(TEN, hinted_set={4, 7}))
     post(p, 3, 4, 6)

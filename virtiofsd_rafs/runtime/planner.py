@@ -127,6 +127,7 @@ class Planner:
         self._last_demand = float("-inf")
         self._found_ready = False
         self._mistrust_until = float("-inf")
+        self._next_look = float("-inf")
         self.counters = Counters()
 
     # -- what happens ---------------------------------------------------------------------------------------
@@ -259,11 +260,13 @@ class Planner:
             return False
         return True
 
-    @staticmethod
-    def _look_pause(want: Want, now: float) -> float:
-        """How long a want that is left to another daemon is not looked at."""
+    def _look_at(self, want: Want, now: float) -> float:
+        """When a want that is left to another daemon is looked at again: many at once, where that will do."""
         waited = 0.0 if want.left_since is None else now - want.left_since
-        return min(max(waited / 2, LEFT_LOOK_S[0]), LEFT_LOOK_S[1])
+        latest = now + min(max(waited / 2, LEFT_LOOK_S[0]), LEFT_LOOK_S[1])
+        if not now < self._next_look <= latest:
+            self._next_look = latest
+        return self._next_look
 
     # -- what to do -----------------------------------------------------------------------------------------
 
@@ -289,7 +292,7 @@ class Planner:
                 self._found_ready = True  # another daemon was quicker
                 self.counters.left_to_others += 1 if want.left_since is not None else 0
             elif self._leave(want, now):
-                self._delay(want, now + self._look_pause(want, now))
+                self._delay(want, self._look_at(want, now))
             else:
                 fetches.append(self._plan(want, now))
         if not self._queue:
