@@ -490,6 +490,22 @@ def test_what_another_daemon_fetches_is_left_to_it() -> None:
     assert (p.waiting, p.counters.left_to_others, p.counters.retries) == (1, 1, 0)
 
 
+def test_who_reads_on_behind_others_has_a_window_that_has_grown() -> None:
+    blob = Blob([10 * KIB] * 20, hinted_set={0})
+    p = planner(blob, amplify=100 * KIB, first_window=10 * KIB)
+    now = 0.0
+    for chunk in (0, 1, 2, 3):
+        post(p, chunk, now=now)
+        assert ranges(p, now) == []
+        blob.ready_set.add(chunk)
+        blob.hinted_set.add(chunk + 1)
+        now = p.next_event() or now
+        assert ranges(p, now) == []
+    blob.hinted_set.clear()
+    post(p, 4, now=now)
+    assert ranges(p, now) == [tuple(range(4, 14))]
+
+
 def test_what_is_left_to_others_is_looked_at_together() -> None:
     p = planner(Blob(TEN, hinted_set=set(range(10))))
     looks: set[float] = set()

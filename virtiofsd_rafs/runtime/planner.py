@@ -260,6 +260,13 @@ class Planner:
             return False
         return True
 
+    def _came_from_another(self, key: Key) -> None:
+        """What was left to another daemon is there."""
+        self.counters.left_to_others += 1
+        layout = self._layout(key[0])
+        offset = layout.chunks.offsets[key[1]]
+        self._read_ahead.followed(layout, key[0], offset, offset + layout.chunks.lengths[key[1]])
+
     def _look_at(self, want: Want, now: float) -> float:
         """When a want that is left to another daemon is looked at again: many at once, where that will do."""
         waited = 0.0 if want.left_since is None else now - want.left_since
@@ -290,7 +297,8 @@ class Planner:
                 self.counters.expired += 1
             elif self._blobs[key[0]].ready(key[1]):
                 self._found_ready = True  # another daemon was quicker
-                self.counters.left_to_others += 1 if want.left_since is not None else 0
+                if want.left_since is not None:
+                    self._came_from_another(key)
             elif self._leave(want, now):
                 self._delay(want, self._look_at(want, now))
             else:

@@ -152,6 +152,11 @@ class ReadAhead:
             wasted = [lengths[chunk] for chunk in chunks if not touched[blob][chunk]]
             self._judge((len(chunks) - len(wasted)) * self._trip_bytes() - sum(wasted))
 
+    def followed(self, layout: Layout, blob: int, offset: int, end: int) -> None:
+        """A want at byte *offset* was fetched by another daemon: whoever reads on from *end* goes on, too."""
+        window = self.window(layout, blob, offset)
+        self._blobs.setdefault(blob, _Blob()).streams.append(_Stream(end, window.ahead))
+
     def _judge(self, gain: float) -> None:
         """Read-ahead has saved (or, if negative, cost) *gain* bytes."""
         bound = PATIENCE * max(self._amplify >> FIRST_WINDOW_SHIFT, self._trip_bytes())
