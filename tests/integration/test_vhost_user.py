@@ -218,6 +218,9 @@ def test_who_connects_and_says_nothing_is_no_vmm(made_image, registry_sim, short
             fe.start()
             fe.init()
             assert session.status()["session"]["connected_ns"] > 0
+            # Control hears of the VM when it gets round to it, and of its end never, if that comes first.
+            served = Served(daemon, session, made_image, registry_sim, fe)
+            served.wait_for(lambda: "the VMM has connected" in daemon.log.read_text())
         assert daemon.wait_end() == 0
         assert daemon.log.read_text().count("the VMM has connected") == 1
 
