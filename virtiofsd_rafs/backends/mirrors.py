@@ -209,6 +209,8 @@ class MirroredRegistry:
         self.origin.renew(explicit=explicit, token=update.registry_token)
         if proxy is not None:
             self.http.set_proxy(options)
+            for place in self._places:
+                place.health.succeeded()  # the old proxy may have been to blame
 
     def report(self) -> list[SourceReport]:
         """See Reporting."""
