@@ -131,6 +131,15 @@ def test_failures_that_come_together_are_one() -> None:
     assert health.rests_for(0.0) == 2
 
 
+def test_an_answer_to_an_older_request_proves_nothing() -> None:
+    health = Health()
+    health.failed(10.0)
+    health.succeeded(9.0)
+    assert health.state(10.0) is State.RESTING
+    health.succeeded(11.0)
+    assert health.state(11.0) is State.WELL
+
+
 def test_some_failures_may_be_forgiven() -> None:
     health = Health(failure_limit=3)
     health.failed(0)

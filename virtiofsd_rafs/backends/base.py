@@ -71,7 +71,7 @@ class SourceReport:
     """Without query and user."""
     requests: int
     errors: int
-    """Requests that failed, and bytes that were wrong."""
+    """Requests that failed, and chunks whose bytes were wrong."""
     bytes: int
     state: str
     """well, resting, due (it has rested, the next request is a probe)."""

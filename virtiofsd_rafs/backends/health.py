@@ -39,6 +39,7 @@ class Health:
         self._rest_s = 0.0
         self._until = 0.0
         self._probing = False
+        self._failed_at = float("-inf")
 
     def state(self, now: float) -> State:
         """What to do at *now*."""
@@ -58,14 +59,20 @@ class Health:
         """The probe has ended, whatever it found."""
         self._probing = False
 
-    def succeeded(self) -> None:
-        """It answered as it should."""
+    def succeeded(self, began: float | None = None) -> None:
+        """It answered as it should, to a request that *began* then (None: a moment ago).
+
+        What began before the last failure proves nothing.
+        """
+        if began is not None and began <= self._failed_at:
+            return
         self._failures = 0
         self._rest_s = 0.0
 
     def failed(self, now: float, *, at_least_s: float = 0.0) -> None:
         """It did not, at *now*. *at_least_s*: how long it has to rest, also after a single failure."""
         self._failures += 1
+        self._failed_at = now
         if at_least_s:
             self._failures = max(self._failures, self._failure_limit)
         if self._failures < self._failure_limit:

@@ -139,6 +139,7 @@ class HttpClient:
     ) -> Reply:
         """Through *proxy*; straight if that fails, is allowed, and works."""
         proxy.health.probe()
+        began = time.monotonic()
         try:
             reply = await self._send(request, headers, body, proxy)
         except BackendError as e:
@@ -150,7 +151,7 @@ class HttpClient:
         else:
             # Who failed, the proxy or what is behind it? A straight request tells.
             if not proxy.options.fallback or reply.head.status not in _PROXY_STATUS:
-                proxy.health.succeeded()
+                proxy.health.succeeded(began)
                 return reply
             async with reply:
                 await reply.drain()

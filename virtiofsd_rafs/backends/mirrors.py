@@ -59,7 +59,7 @@ MISSING_S = 60.0
 _MAX_MISSING = 1024
 # Ranges whose bytes were wrong; each is fetched again within seconds.
 _MAX_WRONG = 256
-# The rest after wrong bytes doubles with each of them, up to this.
+# The rest after wrong bytes doubles each time, up to this.
 WRONG_REST_CAP_S = 300.0
 
 
@@ -193,10 +193,13 @@ class MirroredRegistry:
         """The bytes that *label* sent for this range were wrong: another place is asked for them next."""
         for place in self._places:
             if place.label == label:
-                place.wrong += 1
                 place.errors += 1
-                rest = min(WRONG_REST_CAP_S, 2.0 ** min(place.wrong, 30))
-                place.health.failed(time.monotonic(), at_least_s=rest)
+                now = time.monotonic()
+                if place.health.state(now) is not State.RESTING:
+                    # Answers that were under way together are wrong together.
+                    place.wrong += 1
+                    rest = min(WRONG_REST_CAP_S, 2.0 ** min(place.wrong, 30))
+                    place.health.failed(now, at_least_s=rest)
                 self._wrong[key, offset, length, label] = None
                 while len(self._wrong) > _MAX_WRONG:
                     self._wrong.popitem(last=False)
@@ -291,23 +294,26 @@ class MirroredRegistry:
 
     async def _ask(self, place: Place, work: Callable[[RegistryClient], Awaitable[T]], key: str) -> T:
         place.requests += 1
+        began = time.monotonic()
         try:
             result = await work(place.client)
         except (BackendError, DigestMismatch) as e:
             place.errors += 1
             if not place.is_origin:
-                self._mirror_failed(place, e, key)
+                self._mirror_failed(place, e, key, began)
             raise
-        place.health.succeeded()
+        place.health.succeeded(began)
         if isinstance(result, bytes):
             place.bytes += len(result)
         return self._answer(place, result)
 
-    def _mirror_failed(self, place: Place, error: BackendError | DigestMismatch, key: str) -> None:
+    def _mirror_failed(
+        self, place: Place, error: BackendError | DigestMismatch, key: str, began: float
+    ) -> None:
         now = time.monotonic()
         if isinstance(error, NotFound):
             place.note_missing(key, now)
-            place.health.succeeded()
+            place.health.succeeded(began)
             return
         if isinstance(error, RangeIgnored):
             return  # a cache that is cold: it learns from that request
