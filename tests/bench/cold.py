@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
@@ -24,6 +24,7 @@ from tests.bench.figures import print_table, ratios, write_json
 from tests.bench.material import Material, built, in_registry, prepare, reference
 from tests.bench.options import json_option, nydusd_option, rounds_option, work_option
 from tests.bench.trace import boot_like, file_sizes, replay
+from virtiofsd_rafs.cli.status import fetch_body
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _FOLDER_OF_EXTRAS = "usr/lib/extra"
 _PER_FOLDER = 1000
+CACHES = ("cold", "listed", "warm")
 
 
 @attrs.frozen
@@ -45,6 +47,13 @@ class Result:
     time_s: float
     requests: int
     bytes: int
+
+
+class Recorded(Daemon):
+    """A daemon whose status holds what its guest has read, as a prefetch list."""
+
+    def status(self) -> dict[str, Any]:
+        return super().status() | {"accessed": fetch_body(self.api_socket, "/api/v1/accessed")}
 
 
 @attrs.frozen
@@ -63,10 +72,17 @@ class Bench:
         subprocess.run(argv, check=True, capture_output=True)
 
     def boot(self, side: str, material: Material, name: str, cache: str, number: int) -> Result:
-        """Boots once; the cache folder of the side is emptied before a cold boot."""
+        """Boots once; the cache folder of the side is emptied unless *cache* is "warm".
+
+        A cold boot of ours writes down what it read, a "listed" one prefetches that.
+        """
         folder = self.work / f"cache-{side}"
-        if cache == "cold":
+        if cache != "warm":
             shutil.rmtree(folder, ignore_errors=True)
+        listed = self.work / f"{name}.prefetch"
+        options = ["--cache-dir", str(folder), "--plain-http"]
+        if cache == "listed":
+            options += ["--prefetch-files", str(listed)]
         host = f"127.0.0.1:{self.link.port}"
 
         def nydusd(image: str, work: Path, log: Path, options: Sequence[str]) -> BackEnd:
@@ -75,15 +91,22 @@ class Bench:
             blobs = peers.registry(host, f"bench/{name}")
             return peers.Nydusd(self.nydusd, material.bootstrap, blobs, work, folder, log)
 
+        def ours(image: str, work: Path, log: Path, options: Sequence[str]) -> BackEnd:
+            return (
+                Recorded(image, work, log, options) if cache == "cold" else Daemon(image, work, log, options)
+            )
+
         before = self.registry.traffic(material.blob_id)
         done = boot(
             f"{side}-{cache}",
             f"{host}/bench/{name}:1",
             kernel=self.kernel,
-            options=["--cache-dir", str(folder), "--plain-http"],
+            options=options,
             logs=self.work / "logs",
-            back_end=nydusd if side == "nydusd" else Daemon,
+            back_end=nydusd if side == "nydusd" else ours,
         )
+        if "accessed" in done.status:
+            listed.write_bytes(done.status["accessed"])
         traffic = self.registry.traffic(material.blob_id) - before
         return Result(side, name, cache, number, done.times["HTTP 200"], traffic.requests, traffic.bytes)
 
@@ -204,7 +227,7 @@ def cold(
     work: Path,
     json_path: Path | None,
 ) -> None:
-    """Boots to HTTP 200 over a slow link, cold and warm.
+    """Boots to HTTP 200 over a slow link: cold, cold with what the first boot read as a prefetch list, warm.
 
     From exec of the back-end; sides take turns, who begins changes each round. Requests and bytes are those
     that the registry answered for the blob until the VM and its back-end had ended. This daemon reads
@@ -242,13 +265,15 @@ def all_boots(bench: Bench, materials: dict[str, Material], rounds: int) -> list
     results: list[Result] = []
     for number in range(1, rounds + 1):
         for name, material in materials.items():
-            for cache in ("cold", "warm"):
-                for side in order:
+            for cache in CACHES:
+                for side in order if cache != "listed" else ["rafs"]:
                     got = bench.boot(side, material, name, cache, number)
                     results.append(got)
                     size = f"{got.requests} requests, {got.bytes / 1e6:.1f} MB"
                     click.echo(f"{number} {name} {cache} {side}: {got.time_s:.2f} s, {size}")
         order.reverse()
+    ours = {cache: [r.time_s for r in results if (r.side, r.cache) == ("rafs", cache)] for cache in CACHES}
+    click.echo(f"with a list / warm, median (least to most): {ratios(ours['listed'], ours['warm']).text()}")
     rows = compared(results)
     if rows:
         click.echo("rafs / nydusd, median (least to most)")
