@@ -38,8 +38,9 @@ MAX_IO_DEADLINE_S = 3600.0
 # nydusd's amplify_io: about what a link of 30 Mbit/s carries in a third of a second.
 DEFAULT_AMPLIFY = 1 * MIB
 MAX_AMPLIFY = 64 * MIB
-# Enough to hide the round trips of small chunks; more only makes each answer slower on a slow link.
-DEFAULT_CONNECTIONS = 8
+# 32 random readers of small chunks over 100 Mbit/s and 50 ms: 31 s with 1, 4.4 s with 8, 2.5 s with 16; over
+# 30 Mbit/s and 20 ms more than 16 are slower again (docs/benchmarks.md). A boot uses four.
+DEFAULT_CONNECTIONS = 16
 MAX_CONNECTIONS = 256
 # Memory that stands in without a cache disk: twice what a guest can ask for at once (32 requests of 1 MiB).
 DEFAULT_SPILL_SIZE = 64 * MIB

@@ -16,6 +16,7 @@ import click
 from guest.daemon import PROGRAM, Daemon
 from guest.kit import VAR
 from guest.registry import Registry
+from guest.slowlink import SlowLinkProcess
 from tests.bench import peers, sides
 from tests.bench.figures import print_table, ratios, write_json
 from tests.bench.material import Material, prepare
@@ -46,6 +47,8 @@ class Full:
     requests: int
     fetched: int
     """What the registry answered for the blob."""
+    connections: int | None
+    """How many were opened, as far as the side tells."""
 
     @property
     def mb_per_s(self) -> float:
@@ -60,22 +63,28 @@ def all_files(fe: Frontend) -> list[Target]:
     return [Target(entry.nodeid, size=entry.attr.size, fh=0) for entry in files]
 
 
-def read_all(side: sides.Side, targets: Sequence[Target], depth: int) -> tuple[int, float, float]:
-    """Bytes, seconds and processor time of reading *targets* from begin to end, one after the other.
+def read_all(
+    side: sides.Side, targets: Sequence[Target], depth: int, random_reads: int = 0
+) -> tuple[int, float, float]:
+    """Bytes, seconds and processor time of reading *targets* from begin to end, one after the other; or of so
+    many *random_reads* of them.
 
     Raises:
         RuntimeError: a request failed or was short.
     """
     targets = [attrs.evolve(target, fh=side.fe.open(target.nodeid)) for target in targets]
-    count = sum(-(-target.size // _READ) for target in targets)
-    load = Load(
-        [Op("read", targets, _READ, random=False)], depth=depth, count=count, canaries=False, stall_s=120
-    )
+    count = random_reads or sum(-(-target.size // _READ) for target in targets)
+    op = Op("read", targets, _READ, random=bool(random_reads))
+    load = Load([op], depth=depth, count=count, canaries=False, stall_s=120)
     before = side.usage()
     result = side.fe.load(load)
     used = side.usage() - before
     total = result.total
-    if total.errors or result.lost or total.bytes != sum(target.size for target in targets):
+    if (
+        total.errors
+        or result.lost
+        or (not random_reads and total.bytes != sum(target.size for target in targets))
+    ):
         raise RuntimeError(f"{side.name}: {result}")
     return result.total.bytes, result.elapsed_s, used.cpu_ns / 1e9
 
@@ -87,6 +96,7 @@ def one_round(
     registry: Registry,
     number: int,
     depth: int,
+    random_reads: int,
 ) -> Full:
     """Starts a side with an empty cache and reads everything."""
     with ExitStack() as stack:
@@ -94,9 +104,11 @@ def one_round(
         side = stack.enter_context(sides.start(name, start(work)))
         targets = all_files(side.fe)
         before = registry.traffic(material.blob_id)
-        read, seconds, cpu_s = read_all(side, targets, depth)
+        read, seconds, cpu_s = read_all(side, targets, depth, random_reads)
+        status = side.back_end.status() if side.back_end is not None else {}
         traffic = registry.traffic(material.blob_id) - before
-    return Full(name, number, read, seconds, cpu_s, traffic.requests, traffic.bytes)
+    opened = status.get("agent", {}).get("connections", {}).get("opened")
+    return Full(name, number, read, seconds, cpu_s, traffic.requests, traffic.bytes, opened)
 
 
 @click.command()
@@ -111,6 +123,9 @@ def one_round(
 )
 @rounds_option(5)
 @click.option("--depth", default=8, show_default=True, help="Requests in flight.")
+@click.option("--random", "random_reads", default=0, help="So many reads here and there instead.")
+@click.option("--rate", default=0.0, help="Mbit/s of a link between; 0: none.")
+@click.option("--latency", default=20.0, show_default=True, help="Milliseconds of a round trip on it.")
 @click.option("--option", "options", multiple=True, help="Further arguments of serve.")
 @work_option
 @json_option
@@ -119,6 +134,9 @@ def fullread(
     tree: Path,
     rounds: int,
     depth: int,
+    random_reads: int,
+    rate: float,
+    latency: float,
     options: tuple[str, ...],
     work: Path,
     json_path: Path | None,
@@ -135,6 +153,9 @@ def fullread(
         host, repository = f"127.0.0.1:{registry.port}", "bench/fullread"
         argv: list[str | Path] = [PROGRAM, "push", material.image, f"{host}/{repository}:1", "--plain-http"]
         subprocess.run(argv, check=True, capture_output=True)
+        if rate:
+            link = SlowLinkProcess(registry.port, rate_mbit=rate, latency_ms=latency)
+            host = f"127.0.0.1:{stack.enter_context(link).port}"
 
         def ours(folder: Path) -> BackEnd:
             cache = work / "cache-rafs"
@@ -151,10 +172,12 @@ def fullread(
         order = [("rafs", ours), *([("nydusd", theirs)] if nydusd else [])]
         for number in range(1, rounds + 1):
             for name, start in order:
-                got = one_round(name, start, material, registry, number, depth)
+                got = one_round(name, start, material, registry, number, depth, random_reads)
                 results.append(got)
                 text = f"{got.mb_per_s:.0f} MB/s, cpu {got.cpu_s:.2f} s, {got.requests} requests"
-                click.echo(f"{number} {name}: {got.seconds:.2f} s, {text}, {got.fetched / 1e6:.1f} MB")
+                opened = "" if got.connections is None else f", {got.connections} connections"
+                fetched = f"{got.fetched / 1e6:.1f} MB{opened}"
+                click.echo(f"{number} {name}: {got.seconds:.2f} s, {text}, {fetched}")
             order.reverse()
     if nydusd:
         a, b = ([each for each in results if each.side == side] for side in ("rafs", "nydusd"))

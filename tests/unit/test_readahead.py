@@ -115,3 +115,22 @@ def test_many_wants_in_one_place_do_not() -> None:
     reader = Reader(n=64 * 50)
     for chunk in range(0, 400, 10):
         assert reader.want(400 - chunk).behind == 0
+
+
+def test_beside_others_who_fill_the_link_only_who_reads_on_gets_more() -> None:
+    reader = Reader()
+    layout = reader.layout
+    assert reader.ahead.window(layout, 0, 0, FIRST - 1) == Window(FIRST)
+    assert reader.ahead.window(layout, 0, 50 * MIB, FIRST) == Window(0)
+    end = 100 * MIB
+    reader.ahead.planned(layout, 0, end, Window(FIRST), [])
+    assert reader.ahead.window(layout, 0, end, 8 * MIB) == Window(2 * FIRST)
+
+
+def test_each_blob_is_judged_by_its_own_chunks() -> None:
+    many, one = Layout(Blob([16 * KIB] * 1000)), Layout(Blob([16 * KIB]))
+    ahead = ReadAhead(amplify=MIB, link=link(4e6, 0.025), touched={0: bytes(1000), 1: bytes(1)})
+    for i in range(2 * JUDGED_AFTER):
+        ahead.planned(many, 0, i * 16 * KIB, Window(FIRST), [999])
+        ahead.planned(one, 1, 16 * KIB, Window(0), [])
+    assert ahead.level == 0

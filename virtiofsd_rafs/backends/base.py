@@ -22,6 +22,18 @@ _SHA256_HEX = re.compile(r"[0-9a-f]{64}")
 ANSWERED_BY: ContextVar[str] = ContextVar("answered_by", default="")
 
 
+@attrs.define
+class ConnectionCounts:
+    """Connections of all HTTP clients of this process."""
+
+    opened: int = 0
+    reused: int = 0
+    """Requests that found an open one."""
+
+
+CONNECTIONS = ConnectionCounts()
+
+
 @attrs.frozen(kw_only=True)
 class CredentialUpdate:
     """New credentials for a source that is in use; None leaves what there is."""

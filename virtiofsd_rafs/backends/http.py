@@ -21,6 +21,7 @@ import aiohttp
 from yarl import URL
 
 from virtiofsd_rafs import __version__
+from virtiofsd_rafs.backends.base import CONNECTIONS
 from virtiofsd_rafs.backends.config import DEFAULT_TIMEOUT_S, TRIES_WITHIN_DEADLINE, HttpOptions
 from virtiofsd_rafs.backends.proxies import Proxies, Proxy
 from virtiofsd_rafs.errors import (
@@ -50,6 +51,9 @@ MIN_PROGRESS = 32 << 10
 # The tiny bodies of redirects and 401 are drained for this long, so that the connection can be used again.
 _DRAIN_S = 0.25
 _DRAIN_MAX = 16 << 10
+# A guest that runs misses something now and then, and each new connection costs it round trips. Just below
+# the minute after which the first servers and load balancers close idle ones.
+KEEP_ALIVE_S = 50.0
 _READ_BUFFER = 256 << 10
 
 # Statuses by which a proxy says that it could not get an answer; the server itself may send them, too.
@@ -57,6 +61,21 @@ _PROXY_STATUS = (502, 503, 504)
 
 # What may be sent as a body: called anew for each try.
 BodyFactory = Callable[[], Any]
+
+
+def _counting() -> aiohttp.TraceConfig:
+    """Counts connections in CONNECTIONS."""
+
+    async def opened(*_: object) -> None:
+        CONNECTIONS.opened += 1
+
+    async def reused(*_: object) -> None:
+        CONNECTIONS.reused += 1
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_end.append(opened)
+    trace.on_connection_reuseconn.append(reused)
+    return trace
 
 
 class HttpClient:
@@ -253,13 +272,15 @@ class HttpClient:
                 headers={"User-Agent": f"virtiofsd-rafs/{__version__}"},
                 read_bufsize=_READ_BUFFER,
                 trust_env=False,
+                trace_configs=[_counting()],
             )
         return self._session
 
     def _connector(self) -> aiohttp.BaseConnector:
         if self._unix_socket is not None:
-            return aiohttp.UnixConnector(os.fspath(self._unix_socket), limit=self._connections)
-        return aiohttp.TCPConnector(limit=self._connections)
+            path = os.fspath(self._unix_socket)
+            return aiohttp.UnixConnector(path, limit=self._connections, keepalive_timeout=KEEP_ALIVE_S)
+        return aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE_S)
 
     def _tls_context(self) -> ssl.SSLContext:
         # Loading the system's certificates costs some 20 ms: not for those who speak plain http.

@@ -177,6 +177,7 @@ _FAMILIES = {
     "expired_total": ("counter", "Chunks given up because nobody waits any more."),
     "chunks_wanted_total": ("counter", "Chunks put into fetches because a request waited for them."),
     "chunks_read_ahead_total": ("counter", "Chunks put into fetches without being asked for."),
+    "connections_total": ("counter", "HTTP requests by whether they opened a connection or reused one."),
     "chunks_prefetched_total": ("counter", "Chunks put into fetches because a list or the table named them."),
     "prefetch_joined_total": ("counter", "Chunks that were asked for while they were being prefetched."),
     "chunks_filled_total": ("counter", "Chunks put into fetches to have the whole image."),

@@ -408,7 +408,8 @@ class Planner:
             # With more wants than connections, reading ahead would only make them wait longer.
             room = self._connections - len(self._fetches) - 1
             read_ahead = want.attempts == 0 and len(self._queue) <= room
-            window = self._read_ahead.window(layout, blob, offsets[chunk])
+            waited_for = sum(fetch.length for fetch in self._fetches.values() if fetch.wants)
+            window = self._read_ahead.window(layout, blob, offsets[chunk], waited_for)
             span = max(window.ahead, self._amplify)
             budget = span * MAX_EXPANSION - layout.chunks.size(chunk)
             for other in layout.after(chunk):

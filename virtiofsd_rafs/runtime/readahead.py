@@ -71,6 +71,8 @@ class _Ahead(NamedTuple):
     """Chunks that a fetch read ahead."""
 
     blob: int
+    lengths: Sequence[int]
+    """Of all chunks of the blob."""
     chunks: tuple[int, ...]
 
 
@@ -118,8 +120,12 @@ class ReadAhead:
         """How often the first window is halved; LEVELS: there is none."""
         return self._level
 
-    def window(self, layout: Layout, blob: int, offset: int) -> Window:
-        """How far to read around a want at byte *offset*."""
+    def window(self, layout: Layout, blob: int, offset: int, n_bytes: int = 0) -> Window:
+        """How far to read around a want at byte *offset*, while *n_bytes* are under way for others who wait.
+
+        When those fill the link for a round trip, nobody's round trip leaves it idle, and bytes that may be
+        for nothing make the others wait: only who reads on gets more than what is wanted.
+        """
         if not self._amplify:
             return Window(0)
         known = self._blobs.setdefault(blob, _Blob())
@@ -134,8 +140,11 @@ class ReadAhead:
                 return Window(min(2 * max(stream.window, first), self._longest()))
         known.wants += 1
         known.regions.add(offset // self._amplify)
-        if self._fixed is None and self._throughout(layout, known):
-            return Window(self._amplify, self._amplify)
+        if self._fixed is None:
+            if n_bytes >= max(self._trip_bytes(), self._amplify >> FIRST_WINDOW_SHIFT):
+                return Window(0)
+            if self._throughout(layout, known):
+                return Window(self._amplify, self._amplify)
         return Window(first)
 
     def planned(self, layout: Layout, blob: int, end: int, window: Window, ahead: Sequence[int]) -> None:
@@ -145,10 +154,9 @@ class ReadAhead:
         touched = self._touched
         if touched is None or self._fixed is not None:
             return
-        self._ahead.append(_Ahead(blob, tuple(ahead)))
+        self._ahead.append(_Ahead(blob, layout.chunks.lengths, tuple(ahead)))
         if len(self._ahead) > JUDGED_AFTER:
-            blob, chunks = self._ahead.popleft()
-            lengths = layout.chunks.lengths
+            blob, lengths, chunks = self._ahead.popleft()
             wasted = [lengths[chunk] for chunk in chunks if not touched[blob][chunk]]
             self._judge((len(chunks) - len(wasted)) * self._trip_bytes() - sum(wasted))
 

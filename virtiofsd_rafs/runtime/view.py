@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from virtiofsd_rafs import __version__
+from virtiofsd_rafs.backends.base import CONNECTIONS
 from virtiofsd_rafs.native.store import paths
 from virtiofsd_rafs.runtime.first_start import is_complete
 from virtiofsd_rafs.runtime.metrics import Metrics, Sample, Stalls, render
@@ -190,6 +191,7 @@ class View:
                 "first_start": self._agent.first_start.status(),
                 "chunks_waiting": planner.waiting,
                 "fetches_in_flight": planner.in_flight,
+                "connections": attrs.asdict(CONNECTIONS),
                 "sources": [attrs.asdict(place) for place in self.renewal.report()],
                 "cache": {
                     "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
@@ -313,6 +315,8 @@ class View:
             Sample("expired_total", counters.expired),
             Sample("chunks_wanted_total", counters.chunks_wanted),
             Sample("chunks_read_ahead_total", counters.chunks_read_ahead),
+            Sample("connections_total", CONNECTIONS.opened, (("state", "opened"),)),
+            Sample("connections_total", CONNECTIONS.reused, (("state", "reused"),)),
             Sample("chunks_prefetched_total", counters.chunks_prefetched),
             Sample("prefetch_joined_total", counters.prefetch_used),
             Sample("chunks_filled_total", counters.chunks_filled),
