@@ -21,6 +21,7 @@ from tests.sim.forward_proxy import ForwardProxy
 from tests.sim.gate import Auth
 from tests.sim.registry import RegistrySimulator
 from virtiofsd_rafs.cli._api import UnixConnection
+from virtiofsd_rafs.image.build import BOOTSTRAP_NAME
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.session import Session
 
@@ -181,6 +182,12 @@ CANARIES = {
 }
 
 
+API = (
+    *("/api/v1/daemon", "/api/v1/status", "/api/v1/trace", "/api/v1/config?id=/"),
+    *("/metrics", "/readyz", "/healthz", "/nowhere"),
+)
+
+
 def spellings(secret: str) -> set[str]:
     """*secret* as it could turn up: plain, quoted for a URL, in JSON, in base64 alone or behind a user."""
     found = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), json.dumps(secret)[1:-1]}
@@ -220,6 +227,15 @@ def processes(daemon: Daemon) -> list[int]:
     for pid in found:
         found += children(pid)
     return found
+
+
+def shown(daemon: Daemon) -> list[str]:
+    """The canaries in what the API answers and the kernel tells of the daemon."""
+    texts = {path: ask(daemon, path)[1] for path in API}
+    for pid in processes(daemon):
+        for file in ("cmdline", "environ"):
+            texts[f"{file} of {pid}"] = Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace")
+    return [f"{canary} in {where}" for where, text in texts.items() for canary in seen(text)]
 
 
 def test_the_test_finds_canaries() -> None:
@@ -269,16 +285,7 @@ def test_secrets_are_nowhere_to_be_seen(
         rng = random.Random(9)
 
         def look() -> None:
-            for path in ("daemon", "status", "trace", "config?id=/"):
-                seen_now.extend(seen(ask(daemon, f"/api/v1/{path}")[1]))
-            for path in ("/metrics", "/readyz", "/healthz", "/nowhere"):
-                seen_now.extend(seen(ask(daemon, path)[1]))
-            for pid in processes(daemon):
-                for file in ("cmdline", "environ"):
-                    seen_now.extend(
-                        f"{found} in {file} of {pid}"
-                        for found in seen(Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace"))
-                    )
+            seen_now.extend(shown(daemon))
 
         # Neither those who hold the VM's memory nor those who read what it says have a secret anywhere.
         control = served.session.status()["processes"]["control"]["pid"]
@@ -339,3 +346,40 @@ def test_secrets_are_nowhere_to_be_seen(
     assert "docker-credential-canary" in log
     assert seen_now == []
     assert seen(log) == []
+
+
+@pytest.mark.parametrize("kind", ["registry", "s3", "oss", "http-proxy"])
+def test_secrets_of_a_configuration_file_are_nowhere_to_be_seen(
+    made_image: MadeImage, registry_sim: RegistrySimulator, short_dir: Path, kind: str
+) -> None:
+    """All kinds of back-ends that are refused, through a proxy with a password."""
+    keys = {"access_key_id": "id", "access_key_secret": CANARIES["file"], "bucket_name": "bucket"}
+    settings: dict[str, dict[str, Any]] = {
+        "registry": {"host": registry_sim.host, "repo": "app", "auth": pair("me", CANARIES["file"])},
+        "s3": {"endpoint": registry_sim.host, "region": "x", **keys},
+        "oss": {"endpoint": registry_sim.host, **keys},
+        "http-proxy": {"addr": registry_sim.url, "path": "/blobs"},
+    }
+    registry_sim.gate.auth = Auth("basic", "me", "other")
+    with ForwardProxy(auth=f"me:{CANARIES['proxy']}") as proxy:
+        by_proxy = {"url": f"http://me:{quote(CANARIES['proxy'], safe='')}@{proxy.host}", "fallback": False}
+        backend = {"type": kind, "config": {"scheme": "http", "proxy": by_proxy, **settings[kind]}}
+        config = short_dir / "config.json"
+        config.write_text(json.dumps({"device": {"backend": backend}, "mode": "direct"}))
+        options = ["--config", str(config), "--cache-dir", str(short_dir / "cache"), "--log-level", "debug"]
+        with Daemon(str(made_image.out / BOOTSTRAP_NAME), short_dir, short_dir / "log", options) as daemon:
+            daemon.wait_ready()
+            with Frontend.connect(daemon.socket) as fe:
+                fe.start()
+                fe.init()
+                session = Session.attach(daemon.process.pid)
+                served = Served(daemon, session, made_image, registry_sim, fe)
+                served.random_reads(random.Random(1), 4)
+                served.wait_for(lambda: daemon.status()["fetch_log"])
+                assert shown(daemon) == []
+                assert {entry["result"] for entry in daemon.status()["fetch_log"]} <= {
+                    "backend.auth",
+                    "backend.not-found",
+                }
+        assert proxy.log
+    assert seen((short_dir / "log").read_text()) == []

@@ -183,8 +183,7 @@ class CredentialStore:
         Raises AuthError or BackendTimeout when the helper that is meant for this registry fails. One for all
         registries (credsStore) is passed over then, and told as ``trouble``: many registries let anybody in.
         """
-        if any(file.changed() for file in self._files):
-            await asyncio.to_thread(self._read_again)
+        await asyncio.to_thread(self._read_again)  # a home directory may be on a server that hangs
         trouble: BackendError | None = None
         for file in self._files:
             config = file.config
