@@ -58,6 +58,11 @@ def _scheme(_: object, field: attrs.Attribute[str], value: str) -> None:
         raise ConfigError(f"{field.name} is {value[:80]!r}", remedy="use https or http")
 
 
+def _signature(_: object, field: attrs.Attribute[str], value: str) -> None:
+    if value not in ("auto", "v1", "v4"):
+        raise ConfigError(f"{field.name} is {value[:80]!r}", remedy="use v4, v1 or auto")
+
+
 def _positive(_: object, field: attrs.Attribute[float], value: float) -> None:
     if not 0.05 <= value <= 3600:
         raise ConfigError(f"{field.name} is {value}", remedy="it must be between 0.05 and 3600 seconds")
@@ -279,7 +284,7 @@ class OssBackend:
     scheme: Scheme = attrs.field(default="https", validator=_scheme)
     region: str = attrs.field(default="", validator=_matches(_REGION, "region"))
     """``cn-hangzhou``; empty: taken from the endpoint. Without a region only version 1 can sign."""
-    signature: Literal["auto", "v1", "v4"] = "auto"
+    signature: Literal["auto", "v1", "v4"] = attrs.field(default="auto", validator=_signature)
     """auto: v4 when the region is known, else v1."""
     access_key_id: str = ""
     access_key_secret: Secret | None = None

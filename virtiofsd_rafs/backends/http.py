@@ -16,6 +16,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
@@ -192,6 +193,8 @@ class HttpClient:
     ) -> Reply:
         url, where = request.url, without_query(request.url)
         through: dict[str, Any] = {}
+        if self._unix_socket is not None:
+            where = f"{self._unix_socket} ({request.method} {urlsplit(where).path})"
         if proxy is not None:
             options = proxy.options
             if options.use_http and url.startswith("https:"):

@@ -70,7 +70,7 @@ _BAD_KEY_CODES = {
     "InvalidAccessKeyId": "the store does not know the access key id",
     "InvalidToken": "the session token is not valid",
     "SignatureDoesNotMatch": "the secret does not fit the access key id",
-    "AccessDenied": "the credentials do not allow to read it",
+    "AccessDenied": "the credentials do not allow to read it, or it is not there",
 }
 _BUSY_CODES = frozenset({"SlowDown", "TooManyRequests", "RequestLimitExceeded"})
 
@@ -261,7 +261,11 @@ class ObjectSource:
                 remedy="set this machine's clock",
             )
         if code == "NoSuchBucket":
-            return NotFound(f"{what}: there is no such bucket", remedy="check its name, region and endpoint")
+            return NotFound(
+                f"{what}: there is no such bucket ({told})", remedy="check its name, region and endpoint"
+            )
+        if code == "NoSuchKey":
+            return NotFound(f"{what} is not there ({told})", remedy="check bucket and folder, or upload it")
         if code in _BUSY_CODES:
             return Throttled(f"{what}: the store asks to slow down ({told})")
         if status in (401, 403) or code in _BAD_KEY_CODES:
