@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import attrs
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtiofsd_rafs.backends.config import BackendConfig, RegistryAccess
+
+# The back-end stands in the file of --config, which only control reads: it may hold credentials.
+IN_CONFIG_FILE: Literal["config-file"] = "config-file"
+BlobSource = Union["BackendConfig", Literal["config-file"]]
 
 Pull = Literal["missing", "always", "never"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -98,7 +102,7 @@ class ServeConfig:
     cache_nydusd: bool = False
     """Keep the cache readable for nydusd, which rules out that parts of it are evicted."""
     blob_dir: Path | None = None
-    blob_source: BackendConfig | None = None
+    blob_source: BlobSource | None = None
     """Where the blobs are, whatever the image says; None: where the image comes from."""
     config_file: Path | None = None
     """nydusd's configuration, from which other fields come; read again when credentials are refused."""

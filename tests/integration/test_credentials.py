@@ -377,6 +377,8 @@ def test_secrets_of_a_configuration_file_are_nowhere_to_be_seen(
                 served.random_reads(random.Random(1), 4)
                 served.wait_for(lambda: daemon.status()["fetch_log"])
                 assert shown(daemon) == []
+                control = session.status()["processes"]["control"]["pid"]
+                assert [pid for pid in processes(daemon) if in_memory(pid)] == [control]
                 assert {entry["result"] for entry in daemon.status()["fetch_log"]} <= {
                     "backend.auth",
                     "backend.not-found",

@@ -13,7 +13,8 @@ import resource
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
-from virtiofsd_rafs.errors import VirtiofsdRafsError
+from virtiofsd_rafs.config import IN_CONFIG_FILE
+from virtiofsd_rafs.errors import ConfigError, VirtiofsdRafsError
 from virtiofsd_rafs.runtime.mount import (
     FATAL,
     FRONTEND,
@@ -180,7 +181,7 @@ class _Control:
 
             from virtiofsd_rafs.backends import module_of, open_source
 
-            backend = self._config.blob_source
+            backend = self._backend()
             # A quarter of a second of imports, during which the loop goes on.
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(None, import_module, module_of(image, backend))
@@ -203,6 +204,19 @@ class _Control:
             task = asyncio.ensure_future(source.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    def _backend(self) -> BackendConfig | None:
+        """Where blobs are, if not where the image comes from. Raises ConfigError."""
+        source, path = self._config.blob_source, self._config.config_file
+        if source != IN_CONFIG_FILE:
+            return source
+        from virtiofsd_rafs.backends.reload import load_config_file
+
+        assert path is not None
+        backend = load_config_file(path).backend
+        if backend is None:
+            raise ConfigError(f"--config {path}: it has no back-end any more", remedy="mend it")
+        return backend
 
     def _reload(self) -> Callable[[], BackendConfig | None] | None:
         """What asks the configuration file again where blobs are."""
