@@ -22,7 +22,7 @@ from tests.bench.material import Material, prepare
 from tests.bench.options import work_option
 from virtiofsd_rafs.config import DEFAULT_AMPLIFY, DEFAULT_CONNECTIONS
 from virtiofsd_rafs.native.rafs import FileRun, NativeTree
-from virtiofsd_rafs.runtime.backlog import Run
+from virtiofsd_rafs.runtime.backlog import Run, Runs
 from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import NOBODY, Fetch, Posted
 
@@ -159,7 +159,7 @@ class Model:
 
     def run(self, trace: Iterable[Access], listed: Sequence[Run] = ()) -> Cost:
         """Reads everything in *trace*; *listed* is prefetched."""
-        self.planner.background.prefetch(listed)
+        self.planner.background.prefetch(Runs(listed))
         self._pump()
         waited = 0.0
         for think_s, chunks in trace:

@@ -12,7 +12,7 @@ from virtiofsd_rafs.runtime.background import (
     FILL_QUIET_S,
     RETRY_CAP_S,
 )
-from virtiofsd_rafs.runtime.backlog import LOOK, MAX_SCAN, Run
+from virtiofsd_rafs.runtime.backlog import LOOK, MAX_SCAN, Run, Runs
 from virtiofsd_rafs.runtime.link import Link
 from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import Fetch, Posted
@@ -57,7 +57,7 @@ def drain(p: Planner, blob: Blob, now: float = 0.0) -> list[tuple[int, ...]]:
 def test_a_list_is_fetched_in_its_order_and_neighbours_together() -> None:
     blob = Blob(TEN)
     p = planner(blob)
-    p.background.prefetch([Run(0, 7, 1), Run(0, 2, 2), Run(0, 5, 1), Run(0, 1, 1), Run(0, 8, 1)])
+    p.background.prefetch(Runs([Run(0, 7, 1), Run(0, 2, 2), Run(0, 5, 1), Run(0, 1, 1), Run(0, 8, 1)]))
     fetches = p.next_fetches(0.0)
     # 4 and 6 are not listed; a whole chunk between two listed ones is more than is fetched for nothing.
     assert [fetch.chunks for fetch in fetches] == [(7, 8), (1, 2, 3), (5,)]
@@ -74,7 +74,7 @@ def test_a_list_is_fetched_in_its_order_and_neighbours_together() -> None:
 def test_small_chunks_between_listed_ones_come_along() -> None:
     blob = Blob([10 * KIB, 100, 10 * KIB, 100], ready_set={3})
     p = planner(blob)
-    p.background.prefetch([Run(0, 0, 1), Run(0, 2, 1)])
+    p.background.prefetch(Runs([Run(0, 0, 1), Run(0, 2, 1)]))
     assert ranges(p) == [(0, 1, 2)]
 
 
@@ -83,14 +83,14 @@ def test_what_is_there_or_under_way_is_passed_over() -> None:
     p = planner(blob)
     post(p, 3)
     assert ranges(p) == [(3,)]
-    p.background.prefetch([Run(0, 0, 6)])
+    p.background.prefetch(Runs([Run(0, 0, 6)]))
     assert ranges(p) == [(4, 5)]
 
 
 def test_whoever_wants_what_is_being_prefetched_joins() -> None:
     blob = Blob(TEN)
     p = planner(blob)
-    p.background.prefetch([Run(0, 0, 3)])
+    p.background.prefetch(Runs([Run(0, 0, 3)]))
     (fetch,) = p.next_fetches(0.0)
     assert post(p, 1) == [Posted.JOINED]
     assert p.next_fetches(0.0) == []
@@ -103,7 +103,7 @@ def test_whoever_wants_what_is_being_prefetched_joins() -> None:
 def test_demand_goes_before_and_has_a_connection_at_any_time() -> None:
     blob = Blob([MIB] * 20)
     p = planner(blob, connections=3, rate=100 * MIB)
-    p.background.prefetch([Run(0, 0, 20)])
+    p.background.prefetch(Runs([Run(0, 0, 20)]))
     first = p.next_fetches(0.0)
     assert len(first) == 2, "one of three stays free"
     post(p, 19, 17, 15)
@@ -127,7 +127,7 @@ def test_demand_goes_before_and_has_a_connection_at_any_time() -> None:
 def test_a_quarter_of_a_second_is_under_way(rate: float | None, most: int) -> None:
     blob = Blob([16 * KIB] * 4000)
     p = planner(blob, rate=rate)
-    p.background.prefetch([Run(0, 0, 4000)])
+    p.background.prefetch(Runs([Run(0, 0, 4000)]))
     under_way = sum(fetch.length for fetch in p.next_fetches(0.0))
     assert most / 2 <= under_way <= most
 
@@ -135,7 +135,7 @@ def test_a_quarter_of_a_second_is_under_way(rate: float | None, most: int) -> No
 def test_beside_demand_only_as_much_as_keeps_the_link_from_standing_idle() -> None:
     blob = Blob([16 * KIB] * 4000)
     p = planner(blob, rate=8 * MIB)
-    p.background.prefetch([Run(0, 0, 1000)])
+    p.background.prefetch(Runs([Run(0, 0, 1000)]))
     post(p, 3999)
     demand, *beside = p.next_fetches(0.0)
     assert demand.reason == "demand"
@@ -143,7 +143,7 @@ def test_beside_demand_only_as_much_as_keeps_the_link_from_standing_idle() -> No
     # A large fetch for somebody who waits has the link for itself.
     big = Blob([2 * MIB, 16 * KIB])
     p = planner(big, rate=8 * MIB)
-    p.background.prefetch([Run(0, 1, 1)])
+    p.background.prefetch(Runs([Run(0, 1, 1)]))
     post(p, 0)
     (demand,) = p.next_fetches(0.0)
     store(p, big, demand, 1.0)
@@ -154,7 +154,7 @@ def test_fill_waits_for_lists_and_for_quiet() -> None:
     blob = Blob(TEN)
     p = planner(blob)
     p.background.fill()
-    p.background.prefetch([Run(0, 9, 1)])
+    p.background.prefetch(Runs([Run(0, 9, 1)]))
     post(p, 0)
     first = p.next_fetches(0.0)
     assert [(fetch.reason, fetch.chunks) for fetch in first] == [("demand", (0,)), ("prefetch", (9,))]
@@ -238,7 +238,7 @@ def test_failures_pause_the_background_ever_longer_and_lose_nothing() -> None:
 def test_a_chunk_that_is_always_bad_is_fetched_alone_and_given_up() -> None:
     blob = Blob(TEN)
     p = planner(blob)
-    p.background.prefetch([Run(0, 0, 3)])
+    p.background.prefetch(Runs([Run(0, 0, 3)]))
     (fetch,) = p.next_fetches(0.0)
     blob.ready_set |= {0, 2}
     p.stored(fetch.fetch_id, [1], 0.0)
@@ -254,7 +254,7 @@ def test_a_chunk_that_is_always_bad_is_fetched_alone_and_given_up() -> None:
 
 def test_a_server_that_asks_for_a_pause_gets_it() -> None:
     p = planner(Blob(TEN))
-    p.background.prefetch([Run(0, 0, 1), Run(0, 5, 1)])
+    p.background.prefetch(Runs([Run(0, 0, 1), Run(0, 5, 1)]))
     first, second = p.next_fetches(0.0)
     p.failed(first.fetch_id, 0.0, retry_after_s=7.0)
     p.failed(second.fetch_id, 0.0, retry_after_s=7.0)
@@ -266,7 +266,7 @@ def test_long_lists_of_what_is_there_are_walked_in_pieces() -> None:
     n = 3 * MAX_SCAN
     blob = Blob([1] * n, ready_set=set(range(n - 1)))
     p = planner(blob)
-    p.background.prefetch([Run(0, 0, n)])
+    p.background.prefetch(Runs([Run(0, 0, n)]))
     p.background.fill()
     walks = 0
     while not (fetches := p.next_fetches(0.0)):
@@ -281,7 +281,7 @@ def test_only_the_near_future_of_a_list_is_looked_at() -> None:
     p = planner(blob)
     # Every second chunk, then the others.
     evens, odds = range(0, 2 * LOOK, 2), range(1, 2 * LOOK, 2)
-    p.background.prefetch([Run(0, chunk, 1) for chunk in (*evens, *odds)])
+    p.background.prefetch(Runs([Run(0, chunk, 1) for chunk in (*evens, *odds)]))
     chunks = p.next_fetches(0.0)[0].chunks
     # What lies between is smaller than the gap that may be fetched for nothing, and so is taken along.
     assert chunks == tuple(range(2 * LOOK - 1))

@@ -11,7 +11,7 @@ from virtiofsd_rafs.native.rafs import NativeTree
 from virtiofsd_rafs.runtime.prefetch import Listed, format_list, parse_list, resolve, resolve_table
 
 if TYPE_CHECKING:
-    from virtiofsd_rafs.runtime.backlog import Run
+    from virtiofsd_rafs.runtime.backlog import Runs
 
 CHUNK = 4096
 
@@ -42,7 +42,7 @@ def chunks_of(image: bytes, path: str) -> list[int]:
     return [part.chunk_index for part in tree.chunks(inode)]
 
 
-def flat(runs: list[Run]) -> list[int]:
+def flat(runs: Runs) -> list[int]:
     return [first + i for _, first, n, _ in runs for i in range(n)]
 
 
@@ -108,7 +108,8 @@ def test_the_root_means_everything(image: bytes) -> None:
 
 
 def test_an_image_without_a_table(image: bytes) -> None:
-    assert resolve_table(image) == ([], False, [])
+    resolved = resolve_table(image)
+    assert (flat(resolved.runs), resolved.everything, resolved.missing) == ([], False, [])
 
 
 def with_table(image: bytes, *nids: int) -> bytes:

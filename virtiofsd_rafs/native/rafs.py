@@ -31,7 +31,7 @@ _SYMLINK_MAX = 4096
 _XATTR_VALUE_MAX = 65535
 _PARTS_PER_CALL = 256
 _CHUNKS_PER_CALL = 1024
-_RUNS_FIRST = 256
+_RUNS_FIRST = 64
 _U64_MAX = (1 << 64) - 1
 
 
@@ -107,6 +107,9 @@ class BlobEntry(NamedTuple):
     ci_uncompressed_size: int
     chunk_info_size: int
     toc_digest: bytes | None
+
+
+RUN_WORDS: int = lib.VR_RAFS_RUN_LEN
 
 
 class FileRun(NamedTuple):
@@ -248,19 +251,21 @@ class NativeTree:
 
         Whole chunks, each file once; what lies in the bootstrap has none.
         """
+        words = self.run_words(nid, offset, length)
+        return [FileRun(*words[at : at + RUN_WORDS]) for at in range(0, len(words), RUN_WORDS)]
+
+    def run_words(self, nid: int, offset: int = 0, length: int | None = None) -> memoryview:
+        """:meth:`runs` without an object for each: RUN_WORDS numbers per run, in the order of FileRun."""
         wanted = _U64_MAX if length is None else length
         size = _RUNS_FIRST
         while True:
-            out = ffi.new("uint64_t[]", size * lib.VR_RAFS_RUN_LEN)
+            out = ffi.new("uint64_t[]", size * RUN_WORDS)
             n = raise_for(
                 lib.vr_rafs_runs(self._handle, nid, min(offset, _U64_MAX), min(wanted, _U64_MAX), out, size)
             )
             if n <= size:
-                values = ffi.unpack(out, n * lib.VR_RAFS_RUN_LEN) if n else []
-                return [
-                    FileRun(*values[at : at + lib.VR_RAFS_RUN_LEN])
-                    for at in range(0, len(values), lib.VR_RAFS_RUN_LEN)
-                ]
+                words: memoryview = memoryview(ffi.buffer(out)).cast("B").cast("Q")
+                return words[: n * RUN_WORDS]
             size = n
 
     def inline_data(self, inode: Inode, offset: int = 0, length: int | None = None) -> bytes:

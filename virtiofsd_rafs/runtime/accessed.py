@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from virtiofsd_rafs.native.rafs import NativeTree
+from virtiofsd_rafs.native.rafs import RUN_WORDS, NativeTree
 from virtiofsd_rafs.native.store import raw_paths
 from virtiofsd_rafs.runtime.prefetch import NID_BIAS, Listed
 
@@ -56,13 +56,14 @@ def accessed(image: bytes | mmap, order: Mapping[Key, None]) -> list[Listed]:
     tree = NativeTree(image)
     stride = tree.superblock.chunk_size
     place: dict[Key, tuple[int, int]] = {}
-    for number, run in enumerate(tree.runs(tree.root)):
+    words = tree.run_words(tree.root)
+    for number, at in enumerate(range(0, len(words), RUN_WORDS)):
         if number % _BATCH == 0:
             time.sleep(_TURN_S)
-        for i in range(run.n_chunks):
-            key = run.blob_index, run.first + i
-            if key in order:
-                place.setdefault(key, (run.nid, run.offset + i * stride))
+        nid, offset, blob, first, n = words[at : at + RUN_WORDS]
+        for i in range(n):
+            if (blob, first + i) in order:
+                place.setdefault((blob, first + i), (nid, offset + i * stride))
     parts: list[list[int]] = []  # nid, offset, length
     for key in order:
         if key in place:

@@ -13,7 +13,7 @@ from virtiofsd_rafs.runtime.backlog import FillBacklog, ListBacklog
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from virtiofsd_rafs.runtime.backlog import Backlog, Run
+    from virtiofsd_rafs.runtime.backlog import Backlog, Runs
     from virtiofsd_rafs.runtime.layout import Key, Layout
     from virtiofsd_rafs.runtime.link import Link
     from virtiofsd_rafs.runtime.wants import Reason
@@ -106,7 +106,7 @@ class Background:
 
     # -- what is wanted -------------------------------------------------------------------------------------
 
-    def prefetch(self, runs: Iterable[Run]) -> None:
+    def prefetch(self, runs: Runs) -> None:
         """Chunks that will be wanted soon, in that order."""
         self._listed.add(runs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,16 +31,49 @@ class Run(NamedTuple):
     """Of the file whose they are, as a guest names it; 0: not known."""
 
 
+_WORDS = 4
+
+
+class Runs:
+    """Any number of runs, in a few bytes each: lists may name a hundred thousand files."""
+
+    def __init__(self, runs: Iterable[Run] = ()) -> None:
+        self._words = array("Q")
+        for run in runs:
+            self.add(*run)
+
+    def add(self, blob: int, first: int, n_chunks: int, nodeid: int = 0) -> None:
+        """Appends one."""
+        self._words.extend((blob, first, n_chunks, nodeid))
+
+    def __len__(self) -> int:
+        return len(self._words) // _WORDS
+
+    def __getitem__(self, number: int) -> Run:
+        return Run(*self._words[number * _WORDS : (number + 1) * _WORDS])
+
+    def __iter__(self) -> Iterator[Run]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def n_chunks(self) -> int:
+        """Of all together."""
+        return sum(self._words[2::_WORDS])
+
+
 class ListBacklog:
     """Runs of chunks in the order in which they will be wanted."""
 
     def __init__(self) -> None:
-        self._runs: deque[Run] = deque()
+        self._lists: deque[Runs] = deque()
+        self._at = 0  # in the first list
+        self._skip = 0  # chunks of that run
         self._again: deque[Key] = deque()
 
-    def add(self, runs: Iterable[Run]) -> None:
+    def add(self, runs: Runs) -> None:
         """Appends *runs*."""
-        self._runs.extend(runs)
+        if len(runs):
+            self._lists.append(runs)
 
     def again(self, key: Key) -> None:
         """*key* is to be fetched once more, before the others."""
@@ -47,11 +81,12 @@ class ListBacklog:
 
     def clear(self) -> None:
         """Forgets all."""
-        self._runs.clear()
+        self._lists.clear()
+        self._at = self._skip = 0
         self._again.clear()
 
     def __bool__(self) -> bool:
-        return bool(self._runs or self._again)
+        return bool(self._lists or self._again)
 
     def head(self, absent: Callable[[int, int], bool]) -> Key | None:
         """The first chunk that is still absent; forgets those before it.
@@ -63,20 +98,27 @@ class ListBacklog:
                 return self._again[0]
             self._again.popleft()
         for _ in range(MAX_SCAN):
-            if not self._runs:
+            if not self._lists:
                 break
-            blob, first, n, nodeid = self._runs[0]
-            if absent(blob, first):
-                return blob, first
-            if n > 1:
-                self._runs[0] = Run(blob, first + 1, n - 1, nodeid)
-            else:
-                self._runs.popleft()
+            blob, first, n, _nodeid = self._lists[0][self._at]
+            if self._skip < n:
+                if absent(blob, first + self._skip):
+                    return blob, first + self._skip
+                self._skip += 1
+                continue
+            self._skip = 0
+            self._at += 1
+            if self._at == len(self._lists[0]):
+                self._lists.popleft()
+                self._at = 0
         return None
 
     def nodeid(self, key: Key) -> int:
         """The file of *key*, the head; 0: not known."""
-        return self._runs[0].nodeid if self._runs and self._runs[0][:2] == key else 0
+        if not self._lists:
+            return 0
+        blob, first, _, nodeid = self._lists[0][self._at]
+        return nodeid if (blob, first + self._skip) == key else 0
 
     def near(self, key: Key) -> Callable[[int], bool]:
         """Which chunks of the blob of *key*, the head, may go along with it: those that come soon."""
@@ -86,9 +128,14 @@ class ListBacklog:
 
     def _keys(self) -> Iterator[Key]:
         yield from self._again
-        for blob, first, n, _ in self._runs:
-            for chunk in range(first, first + n):
-                yield blob, chunk
+        at, skip = self._at, self._skip
+        for runs in self._lists:
+            for number in range(at, len(runs)):
+                blob, first, n, _ = runs[number]
+                for chunk in range(first + skip, first + n):
+                    yield blob, chunk
+                skip = 0
+            at = 0
 
 
 class FillBacklog:

@@ -171,7 +171,7 @@ class FirstStart:
         except (VirtiofsdRafsError, OSError) as e:
             _log.warning("a prefetch list cannot be used: %s", e)
             return
-        self._listed += sum(run.n_chunks for run in resolved.runs)
+        self._listed += resolved.runs.n_chunks
         self._planner.background.prefetch(resolved.runs)
         if resolved.everything:
             self._planner.background.prefetch_all()
@@ -180,17 +180,17 @@ class FirstStart:
 
     def _resolve_list(self) -> Resolved:
         """In a thread."""
-        from virtiofsd_rafs.runtime.prefetch import parse_list, resolve
+        from virtiofsd_rafs.runtime.prefetch import iterate_list, resolve
 
         path = self._config.prefetch_files
         assert path is not None
-        entries, bad = parse_list(path.read_bytes())
+        bad: list[int] = []
+        with self._bootstrap() as image:
+            resolved = resolve(image, iterate_list(path.read_bytes(), bad))
         if bad:
             _log.warning(
                 "%s: %d lines are no paths of the image (the first: line %d)", path, len(bad), bad[0]
             )
-        with self._bootstrap() as image:
-            resolved = resolve(image, entries)
         if resolved.missing:
             first = resolved.missing[0].decode("utf-8", "backslashreplace")
             _log.warning("%s: the image lacks %d paths (the first: %s)", path, len(resolved.missing), first)

@@ -14,11 +14,11 @@ import posixpath
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from virtiofsd_rafs.native.rafs import NativeTree
-from virtiofsd_rafs.runtime.backlog import Run
+from virtiofsd_rafs.native.rafs import RUN_WORDS, NativeTree
+from virtiofsd_rafs.runtime.backlog import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator
     from mmap import mmap
 
 # Node ids that a guest uses are numbers of inodes in the image, this much larger; the root is 1.
@@ -41,7 +41,7 @@ class Listed(NamedTuple):
 class Resolved(NamedTuple):
     """What a list means in one image."""
 
-    runs: list[Run]
+    runs: Runs
     everything: bool
     """The list names the root: the whole image."""
     missing: list[bytes]
@@ -50,10 +50,13 @@ class Resolved(NamedTuple):
 
 def parse_list(data: bytes) -> tuple[list[Listed], list[int]]:
     """The entries of a list, and the numbers of the lines that make no sense."""
-    entries, bad = [], []
+    bad: list[int] = []
+    return list(iterate_list(data, bad)), bad
+
+
+def iterate_list(data: bytes, bad: list[int]) -> Iterator[Listed]:
+    """The entries of a list, one after the other; *bad* gets the numbers of lines that make no sense."""
     for number, line in enumerate(data.split(b"\n"), 1):
-        if number % (_BATCH * 8) == 0:
-            time.sleep(_TURN_S)
         line = line.removesuffix(b"\r")
         if not line.strip() or line.startswith(b"#"):
             continue
@@ -65,9 +68,7 @@ def parse_list(data: bytes) -> tuple[list[Listed], list[int]]:
         if not all(1 <= len(each) <= 20 and each.isdigit() for each in place):
             bad.append(number)
             continue
-        numbers = [int(each) for each in place]
-        entries.append(Listed(path, *numbers))
-    return entries, bad
+        yield Listed(path, *(int(each) for each in place))
 
 
 def format_list(entries: Iterable[Listed]) -> bytes:
@@ -115,11 +116,11 @@ class _Lookup:
         return found
 
 
-def resolve(image: bytes | mmap, entries: Sequence[Listed]) -> Resolved:
+def resolve(image: bytes | mmap, entries: Iterable[Listed]) -> Resolved:
     """What *entries* mean in the bootstrap *image*. Raises BadImage."""
     tree = NativeTree(image)
     lookup = _Lookup(tree)
-    runs: list[Run] = []
+    runs = Runs()
     missing = []
     for number, (path, offset, length) in enumerate(entries, 1):
         if number % _BATCH == 0:
@@ -130,23 +131,28 @@ def resolve(image: bytes | mmap, entries: Sequence[Listed]) -> Resolved:
         elif nid == tree.root:
             return Resolved(runs, True, missing)
         else:
-            runs += _runs(tree, nid, offset, length)
+            _add(runs, tree, nid, offset, length)
     return Resolved(runs, False, missing)
 
 
 def resolve_table(image: bytes | mmap) -> Resolved:
     """What the image's own prefetch table means. Raises BadImage."""
     tree = NativeTree(image)
-    runs: list[Run] = []
+    runs = Runs()
     for number, nid in enumerate(tree.prefetch_nids(), 1):
         if number % _BATCH == 0:
             time.sleep(_TURN_S)
         if nid == tree.root:
             return Resolved(runs, True, [])
-        runs += _runs(tree, nid, 0, None)
+        _add(runs, tree, nid, 0, None)
     return Resolved(runs, False, [])
 
 
-def _runs(tree: NativeTree, nid: int, offset: int, length: int | None) -> list[Run]:
-    found = tree.runs(nid, offset, length)
-    return [Run(run.blob_index, run.first, run.n_chunks, run.nid + NID_BIAS) for run in found]
+def _add(runs: Runs, tree: NativeTree, nid: int, offset: int, length: int | None) -> None:
+    """Appends what *nid* has to *runs*."""
+    words = tree.run_words(nid, offset, length)
+    for number, at in enumerate(range(0, len(words), RUN_WORDS), 1):
+        if number % (_BATCH * 8) == 0:
+            time.sleep(_TURN_S)
+        found, _, blob, first, n = words[at : at + RUN_WORDS]
+        runs.add(blob, first, n, found + NID_BIAS)
