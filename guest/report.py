@@ -1,94 +1,75 @@
-"""What a boot's times and the daemon's status say, as data and as text."""
+"""What was seen of a boot, as a recording that ``virtiofsd-rafs boot report`` reads."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from guest.boot import Boot
+    from guest.pull_first import Pull
     from guest.registry import Traffic
-
-_STALLS = 8
-
-
-def amount(size: float) -> str:
-    """*size* bytes for people: ``30.7 MB`` (powers of 1000, as network rates are)."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    from virtiofsd_rafs.report.model import Report
 
 
-def describe(boot: Boot, image_size: int | None, registry: Traffic | None = None) -> dict[str, Any]:
-    """One boot as data; ``text`` has the same as lines to print.
+def recording(boot: Boot, name: str, traffic: Traffic | None = None) -> dict[str, Any]:
+    """The daemon's trace of *boot*, with what was seen from outside.
 
     Args:
         boot: what was seen.
-        image_size: bytes of the whole image in the registry; without it, what the daemon says.
-        registry: everything that the registry answered during the boot, if it was ours.
+        name: how the report calls it.
+        traffic: everything that the registry answered during the boot, if it was ours.
     """
-    status = boot.status
-    if image_size is None:
-        stored = [blob["stored_size"] for blob in status["image"]["blobs"]]
-        image_size = None if None in stored else sum(stored) + status["image"]["bootstrap_size"]
-    times = dict(boot.times)
-    # The daemon's clock is ours: CLOCK_MONOTONIC.
-    for event, name in (("image mounted", "mounted_ns"), ("FUSE_INIT", "init_ns")):
-        if status["session"][name]:
-            times[event] = status["session"][name] / 1e9 - boot.started
-    times = dict(sorted(times.items(), key=lambda item: item[1]))
-    requests = sum(status["agent"]["fetches"].values())
-    fetched = status["agent"]["bytes_fetched"]
-    stalls = [
-        {
-            "duration_s": round((stall["done_ns"] - stall["parked_ns"]) / 1e9, 4),
-            "at_s": round(stall["parked_ns"] / 1e9 - boot.started, 4),
-            "path": stall["path"] or f"node {stall['nodeid']}",
-            "offset": stall["offset"],
-            "length": stall["length"],
-        }
-        for stall in status["stalls"]["slowest"][:_STALLS]
-    ]
-    text = [f"{boot.name} cache", "  time line (s since the daemon was started)"]
-    text += [f"    {seconds:8.3f}  {event}" for event, seconds in times.items()]
-    share = f" of {amount(image_size)} ({100 * fetched / image_size:.0f} %)" if image_size else ""
-    text.append(f"  fetched: {requests} requests, {amount(fetched)}{share}")
-    if registry is not None:
-        text.append(
-            f"  with manifest and bootstrap the registry answered {registry.requests} requests,"
-            f" {amount(registry.bytes)}"
-        )
-    if stalls:
-        waits = status["stalls"]
-        text.append(
-            f"  {waits['count']} reads waited for data, {waits['total_ns'] / 1e9:.1f} s in all; the longest"
-            " (s, file, offset, length)"
-        )
-        text += [
-            f"    {stall['duration_s']:8.3f}  {stall['path']} [{stall['offset']}, +{stall['length']}]"
-            for stall in stalls
-        ]
     return {
-        "name": boot.name,
-        "times_s": {event: round(seconds, 4) for event, seconds in times.items()},
-        "requests": requests,
-        "bytes": fetched,
-        "registry": attrs.asdict(registry) if registry is not None else None,
-        "image_bytes": image_size,
-        "stalled_reads": status["stalls"]["count"],
-        "stalled_s": round(status["stalls"]["total_ns"] / 1e9, 4),
-        "stalls": stalls,
-        "text": text,
+        **boot.trace,
+        "name": name,
+        "events": {event: _ns(boot.started + seconds) for event, seconds in boot.times.items()},
+        "link_bytes": traffic.bytes if traffic is not None else None,
     }
 
 
-def compare(boots: list[dict[str, Any]]) -> list[str]:
-    """The boots side by side, a line each."""
-    return [
-        f"{boot['name']:>4}: HTTP 200 after {boot['times_s']['HTTP 200']:6.2f} s,"
-        f" {boot['requests']:5d} requests, {amount(boot['bytes']):>9}"
-        for boot in boots
+def recording_of_pull(pull: Pull, boot: Boot, name: str, image: str, traffic: Traffic) -> dict[str, Any]:
+    """A recording of the classic way: *boot* came after *pull*. What lay between them does not count."""
+    begin = pull.unpacked_ns
+    events = {
+        "pull begins": pull.started_ns,
+        "downloaded": pull.downloaded_ns,
+        "unpacked": pull.unpacked_ns,
+        **{event: begin + _ns(seconds) for event, seconds in boot.times.items()},
+    }
+    fetches = [
+        {
+            "started_ns": layer.started_ns,
+            "ended_ns": layer.ended_ns,
+            "length": layer.size,
+            "reason": "pull",
+            "path": f"layer {layer.number + 1} of {len(pull.layers)}",
+            "source": "registry",
+        }
+        for layer in pull.layers
     ]
+    return {
+        "name": name,
+        "image": image,
+        "events": events,
+        "blobs": [{"size": layer.size} for layer in pull.layers],
+        "fetches": fetches,
+        "stalls": [],
+        "link_bytes": traffic.bytes,
+    }
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def comparison(reports: Sequence[Report]) -> str:
+    """The first boot against the last, in one sentence; empty without a last one that pulled."""
+    cold, pulled = reports[0], reports[-1]
+    if not pulled.pulled or not pulled.end_s or not pulled.traffic:
+        return ""
+    return (
+        f"{cold.name}: {cold.end_s / pulled.end_s:.2f} of the time of {pulled.name.lower()},"
+        f" {cold.traffic / pulled.traffic:.2f} of its bytes"
+    )

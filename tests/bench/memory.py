@@ -11,6 +11,7 @@ import attrs
 import click
 
 from guest.daemon import BackEnd, Daemon
+from guest.pull_first import Virtiofsd
 from tests.bench import peers, processes, sides
 from tests.bench.figures import print_table, write_json
 from tests.bench.material import REPOSITORY, Material, in_registry, prepare, reference
@@ -46,7 +47,7 @@ def starters(
             nydusd, material.bootstrap, blobs, folder / "n", folder / "n" / "cache"
         )
     if virtiofsd is not None:
-        found["virtiofsd"] = lambda: peers.Virtiofsd(virtiofsd, material.tree, folder / "v")
+        found["virtiofsd"] = lambda: Virtiofsd(virtiofsd, material.tree, folder / "v")
     return found
 
 

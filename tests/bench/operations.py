@@ -12,6 +12,7 @@ import attrs
 import click
 
 from guest.daemon import PROGRAM, Daemon
+from guest.pull_first import Virtiofsd
 from tests.bench import peers, sides
 from tests.bench.cases import CASES, Case, Targets, find_targets, load_of
 from tests.bench.figures import write_json
@@ -181,7 +182,7 @@ def operations(
             if program is not None:
                 add(sides.start(name, _own(program, material, _empty(work / name))))
         if virtiofsd is not None:
-            back_end = peers.Virtiofsd(virtiofsd, material.tree, _empty(work / "virtiofsd"))
+            back_end = Virtiofsd(virtiofsd, material.tree, _empty(work / "virtiofsd"))
             add(sides.start("virtiofsd", back_end))
         if nydusd is not None:
             folder = _empty(work / "nydusd")

@@ -12,17 +12,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Virtiofsd(BackEnd):
-    """virtiofsd on a directory, without sandbox and with all caching that it offers."""
-
-    def __init__(self, program: str, tree: Path, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        socket = work / "vhost.sock"
-        argv = [program, f"--socket-path={socket}", f"--shared-dir={tree}", "--sandbox", "none"]
-        argv += ["--seccomp", "none", "--cache", "always", "--xattr", "--log-level", "error"]
-        super().__init__(argv, socket, work / "log")
-
-
 class Nydusd(BackEnd):
     """nydusd on an image, with its blob cache and without prefetch. It does not verify chunks by default.
 
