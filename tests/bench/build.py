@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _CHUNK_SIZE = "0x100000"
+_RUNNER = """
+import json, os, sys, time
+start = time.monotonic()
+pid = os.fork()
+if pid == 0:
+    try:
+        os.sched_setaffinity(0, json.loads(sys.argv[1]))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.execvp(sys.argv[2], sys.argv[2:])
+    finally:
+        os._exit(127)
+_, status, usage = os.wait4(pid, 0)
+wall = time.monotonic() - start
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps([wall, cpu, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+"""
 
 
 @attrs.frozen
@@ -50,22 +69,13 @@ def measured(
     Raises:
         RuntimeError: it failed.
     """
-    start = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            if cpus is not None:
-                os.sched_setaffinity(0, cpus)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            os.execvp(command[0], command)
-        finally:
-            os._exit(127)
-    _, status, usage = os.wait4(pid, 0)
-    wall = time.monotonic() - start
+    mask = sorted(cpus if cpus is not None else os.sched_getaffinity(0))
+    # From a small process: the largest resident set of a child begins with that of its parent.
+    runner = [sys.executable, "-S", "-E", "-c", _RUNNER, json.dumps(mask), *command]
+    done = subprocess.run(runner, stdout=subprocess.PIPE, check=True)
+    wall_s, cpu_s, peak_kib, status = json.loads(done.stdout)
     if status != 0:
-        raise RuntimeError(f"{command[0]} ended with {os.waitstatus_to_exitcode(status)}")
+        raise RuntimeError(f"{command[0]} ended with {status}")
     blobs = [path for path in out.iterdir() if len(path.name) == 64]
     (bootstrap,) = (path for path in out.iterdir() if path.name in ("image.boot", "bootstrap"))
     digest = hashlib.sha256()
@@ -76,9 +86,9 @@ def measured(
         tree,
         side,
         number,
-        wall,
-        usage.ru_utime + usage.ru_stime,
-        usage.ru_maxrss,
+        wall_s,
+        cpu_s,
+        peak_kib,
         sum(path.stat().st_size for path in blobs),
         bootstrap.stat().st_size,
         digest.hexdigest(),
