@@ -44,8 +44,13 @@ def parse_toc(
     """The sections by name, from the last bytes of a blob of *blob_size* bytes.
 
     *tail* are the last min(4096, blob_size) bytes or more. *size* and *digest* are what the bootstrap
-    promises about table and header (0 and zeros: nothing). Raises BadImage or DigestMismatch.
+    promises about table and header (0 and zeros: nothing). Raises BadImage or DigestMismatch; the latter for
+    whatever bytes are not the promised ones, since only they may be right when they are fetched again.
     """
+    if size and any(digest):
+        in_range(tail, "toc", len(tail) - size, size)
+        if hashlib.sha256(tail[len(tail) - size :]).digest() != digest:
+            raise _other_digest()
     in_range(tail, "toc", len(tail) - c.TAR_HEADER_SIZE, c.TAR_HEADER_SIZE)
     name, length = parse_tar_header(tail, len(tail) - c.TAR_HEADER_SIZE)
     if name != c.NAME_TOC:
@@ -57,9 +62,7 @@ def parse_toc(
         raise BadImage("toc", f"{total} bytes instead of the {size} that the bootstrap promises")
     start = len(tail) - total
     if any(digest) and hashlib.sha256(tail[start:]).digest() != digest:
-        raise DigestMismatch(
-            "the blob's table of contents does not have the digest that the bootstrap promises"
-        )
+        raise _other_digest()
     sections: dict[bytes, Section] = {}
     for at in range(start, start + length, c.TOC_ENTRY_SIZE):
         section = _parse_entry(tail, at)
@@ -70,6 +73,10 @@ def parse_toc(
             raise BadImage("toc entry", f"{section.name!r} is there twice", offset=at)
         sections[section.name] = section
     return sections
+
+
+def _other_digest() -> DigestMismatch:
+    return DigestMismatch("the blob's table of contents does not have the digest that the bootstrap promises")
 
 
 def _parse_entry(buf: Buffer, at: int) -> Section:
@@ -112,12 +119,17 @@ def extract(section: Section, stored: Buffer, max_size: int) -> bytes:
         raise BadImage(
             "toc entry", f"{section.name!r}: {len(stored)} bytes instead of {section.compressed_size}"
         )
-    content = codecs.decompress(bytes(stored), section.compressor, section.uncompressed_size)
+    try:
+        content = codecs.decompress(bytes(stored), section.compressor, section.uncompressed_size)
+    except BadImage as e:
+        raise DigestMismatch(f"section {_printable(section)} is damaged: {e.message}") from e
     if hashlib.sha256(content).digest() != section.digest:
-        raise DigestMismatch(
-            f"section {section.name.decode('ascii', 'replace')} does not have the digest of the toc"
-        )
+        raise DigestMismatch(f"section {_printable(section)} does not have the digest of the toc")
     return content
+
+
+def _printable(section: Section) -> str:
+    return section.name.decode("ascii", "replace")
 
 
 def build_tar_header(name: bytes, size: int) -> bytes:
