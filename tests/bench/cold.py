@@ -24,7 +24,7 @@ from tests.bench.figures import print_table, ratios, write_json
 from tests.bench.material import Material, built, in_registry, prepare, reference
 from tests.bench.options import json_option, nydusd_option, rounds_option, work_option
 from tests.bench.trace import boot_like, file_sizes, replay
-from virtiofsd_rafs.cli.status import fetch_body
+from virtiofsd_rafs.cli._api import fetch_body
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

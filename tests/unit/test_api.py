@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -17,14 +18,15 @@ from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.sim.images import MadeImage, make_image
-from virtiofsd_rafs.cli.status import _UnixConnection, describe, fetch_status
+from virtiofsd_rafs.cli._api import UnixConnection, _unreachable, fetch_json
 from virtiofsd_rafs.cli.status import status as status_command
 from virtiofsd_rafs.config import ServeConfig
-from virtiofsd_rafs.errors import BadReply, Unreachable
+from virtiofsd_rafs.errors import BackendTimeout, BadReply, Unreachable
 from virtiofsd_rafs.image.resolve import ResolvedImage
 from virtiofsd_rafs.native.session import Trace
 from virtiofsd_rafs.native.store import Store
 from virtiofsd_rafs.rafs.v6 import Tree
+from virtiofsd_rafs.report.now import screen
 from virtiofsd_rafs.runtime import api
 from virtiofsd_rafs.runtime.agent import Agent
 from virtiofsd_rafs.runtime.metrics import (
@@ -120,7 +122,7 @@ class Rig:
         """Status, content type and body."""
 
         def ask() -> tuple[int, str, str]:
-            connection = _UnixConnection(self.socket)
+            connection = UnixConnection(self.socket)
             connection.request(method, path)
             response = connection.getresponse()
             body = response.read().decode()
@@ -189,7 +191,7 @@ async def test_before_the_image_is_mounted(image: MadeImage, tmp_path: Path) -> 
         assert status["image"] == {"name": "registry/app:1"}
         assert status["stalls"]["count"] == 0
         assert (await r.get("/metrics"))[0] == 200
-        assert "0 B in 0 requests" in describe(status)
+        assert "0 B in 0 requests" in "\n".join(screen(status))
 
 
 async def test_what_clients_of_nydusd_ask_for(image: MadeImage, tmp_path: Path) -> None:
@@ -232,11 +234,15 @@ async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage
         assert (blob["n_chunks"], blob["states"]["verified"]) == (len(image.chunks), 2)
         assert blob["stored_size"] == len(image.blob)
         assert status["agent"]["bytes_fetched"] == 4096
-        text = describe(status)
+        text = "\n".join(screen(status))
     for expected in (
-        f"2 of {len(image.chunks)} chunks on disk",
-        "generation 2, crashes 1",
-        "4.0 KiB in 2 requests, 1 of them failed",
+        f"2 of {len(image.chunks)} chunks",
+        "2 on disk",
+        "the worker crashed 1 time",
+        "4.1 kB in 2 requests",
+        "1 of them failed: backend.unreachable (1)",
+        "3 requests for 0 chunks",
+        "waited    2 requests",
         "/file001",
         f"node {1 << 40}",
     ):
@@ -373,9 +379,36 @@ def test_the_status_command_wants_one_daemon(args: list[str]) -> None:
     assert "which daemon?" in str(result.exception)
 
 
-def test_nobody_answers(tmp_path: Path) -> None:
-    with pytest.raises(Unreachable, match="no daemon answers"):
-        fetch_status(tmp_path / "nothing")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing", "there is no such socket"),
+        ("gone", "has gone"),
+        ("plain/socket", "no such folder"),
+        ("n" * 200, "too long"),
+    ],
+)
+def test_nobody_answers(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "plain").touch()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "gone"))
+    listener.close()
+    with pytest.raises(Unreachable, match="no daemon ") as caught:
+        fetch_json(tmp_path / name)
+    assert words in str(caught.value)
+    assert "Errno" not in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_who_may_not_ask_and_who_gets_no_answer(tmp_path: Path) -> None:
+    refused = _unreachable(tmp_path / "api", PermissionError(errno.EACCES, "x"))
+    assert "belongs to another user (run this as" in str(refused)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "busy"))
+    with listener:
+        listener.listen()
+        with pytest.raises(BackendTimeout, match=r"did not answer within 0\.05 s"):
+            fetch_json(tmp_path / "busy", timeout_s=0.05)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +417,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
         (b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n", BadReply),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", BadReply),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{x", BadReply),
-        (b"SSH-2.0\r\n", Unreachable),
+        (b"SSH-2.0\r\n", BadReply),
         (b"", Unreachable),
     ],
 )
@@ -393,7 +426,7 @@ def test_strange_answers(
 ) -> None:
     serve_once(tmp_path / "api", answer)
     with pytest.raises(error):
-        fetch_status(tmp_path / "api")
+        fetch_json(tmp_path / "api")
 
 
 @pytest.fixture

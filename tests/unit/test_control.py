@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.sim.images import MadeImage, make_image
-from virtiofsd_rafs.cli.status import fetch_status
+from virtiofsd_rafs.cli._api import fetch_json
 from virtiofsd_rafs.runtime.mount import FATAL, FRONTEND, MOUNT_BEGIN, MOUNT_BLOB, MOUNT_COMMIT, SHUTDOWN
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_a_warm_image_is_mounted_and_served(image: MadeImage, tmp_path: Path) ->
     assert [chunk for chunk, state in enumerate(mount.states()) if state == 3] == [2, 4]
     info = image.chunks[4]
     assert os.pread(data, info.uncompressed_size, info.uncompressed_offset) == image.plain[4]
-    status = fetch_status(c.api_path)
+    status = fetch_json(c.api_path)
     assert status["state"] == "RUNNING"
     assert status["agent"]["chunks"]["ok"] == 2
     code, errors = c.end()
@@ -197,7 +197,7 @@ def test_control_ends_with_its_keeper(image: MadeImage, tmp_path: Path) -> None:
 def test_sigterm_ends_control(image: MadeImage, tmp_path: Path) -> None:
     c = start(image, tmp_path)
     c.mounted()
-    fetch_status(c.api_path)  # the loop runs
+    fetch_json(c.api_path)  # the loop runs
     c.process.terminate()
     assert c.wait()[0] == 0
 
@@ -231,7 +231,7 @@ def test_a_registry_that_is_away_ends_the_daemon_after_the_deadline(tmp_path: Pa
         unused.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{unused.getsockname()[1]}"
         c = Control(tmp_path, image=f"{host}/app:1", cache_dir=None, plain_http=True, io_deadline_s=1.0)
-        assert fetch_status(c.api_path)["state"] == "INIT"
+        assert fetch_json(c.api_path)["state"] == "INIT"
         words, _ = c.receive()
         assert words[:2] == (FATAL, 4)
         assert "backend.unreachable" in c.wait()[1]

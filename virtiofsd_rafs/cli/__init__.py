@@ -18,7 +18,7 @@ _COMMANDS = {
     "status": (
         "virtiofsd_rafs.cli.status",
         "status",
-        "Show a running daemon's processes, queues and traffic.",
+        "Show a running daemon's cache and traffic, and who waits for what.",
     ),
     "boot": ("virtiofsd_rafs.cli.boot", "boot", "Show what happened while a guest started (boot report)."),
     "cache": ("virtiofsd_rafs.cli.cache", "cache", "Show, clean and verify a cache directory."),

@@ -33,9 +33,7 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def fetch_json(
-    api_socket: Path, path: str = "/api/v1/status", *, timeout_s: float = _TIMEOUT_S
-) -> dict[str, Any]:
+def fetch_body(api_socket: Path, path: str, *, timeout_s: float = _TIMEOUT_S) -> bytes:
     """What the daemon that listens at *api_socket* answers to a GET of *path*.
 
     Raises Unreachable, BackendTimeout, BadReply.
@@ -50,6 +48,8 @@ def fetch_json(
             f"{api_socket}: the daemon did not answer within {timeout_s:g} s",
             remedy="its log tells what it is busy with",
         ) from e
+    except http.client.RemoteDisconnected as e:
+        raise _unreachable(api_socket, ConnectionResetError(errno.ECONNRESET, "")) from e
     except OSError as e:
         raise _unreachable(api_socket, e) from e
     except http.client.HTTPException as e:
@@ -64,6 +64,14 @@ def fetch_json(
             f"{api_socket}: {path} was answered with HTTP status {response.status}",
             remedy="is the daemon older than this command?",
         )
+    return body
+
+
+def fetch_json(
+    api_socket: Path, path: str = "/api/v1/status", *, timeout_s: float = _TIMEOUT_S
+) -> dict[str, Any]:
+    """As :func:`fetch_body`, for an answer that is a JSON object."""
+    body = fetch_body(api_socket, path, timeout_s=timeout_s)
     try:
         answer = json.loads(body)
     except ValueError as e:

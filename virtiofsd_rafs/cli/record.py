@@ -6,9 +6,7 @@ from pathlib import Path
 
 import click
 
-from virtiofsd_rafs.cli.status import fetch_body
-from virtiofsd_rafs.config import default_api_socket
-from virtiofsd_rafs.errors import ConfigError
+from virtiofsd_rafs.cli._api import fetch_body, which_socket
 
 _PATH = click.Path(path_type=Path)
 
@@ -28,12 +26,7 @@ def record(api_socket: Path | None, socket_path: Path | None, output: Path | Non
     \b
     Example: virtiofsd-rafs record --socket-path rafs.sock -o app.prefetch
     """
-    if (api_socket is None) == (socket_path is None):
-        raise ConfigError("which daemon?", remedy="give either --api-socket or --socket-path")
-    if api_socket is None:
-        assert socket_path is not None
-        api_socket = default_api_socket(socket_path)
-    listed = fetch_body(api_socket, "/api/v1/accessed")
+    listed = fetch_body(which_socket(api_socket, socket_path), "/api/v1/accessed")
     if whole:
         paths = dict.fromkeys(line.split(b"\t", 1)[0] for line in listed.splitlines())
         listed = b"".join(path + b"\n" for path in paths)

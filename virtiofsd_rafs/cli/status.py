@@ -2,120 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from virtiofsd_rafs.config import default_api_socket
-from virtiofsd_rafs.errors import BadReply, ConfigError, Unreachable
+from virtiofsd_rafs.cli._api import fetch_json, which_socket
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _PATH = click.Path(path_type=Path)
-_TIMEOUT_S = 30.0
-_SLOWEST = 5
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
-def fetch_body(api_socket: Path, path: str) -> bytes:
-    """What the daemon that listens at *api_socket* answers to *path*. Raises Unreachable, BadReply."""
-    connection = _UnixConnection(api_socket)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read()
-    except (OSError, http.client.HTTPException) as e:
-        raise Unreachable(
-            f"{api_socket}: no daemon answers: {e}", remedy="give the --api-socket of a running daemon"
-        ) from e
-    finally:
-        connection.close()
-    if response.status != http.client.OK:
-        raise BadReply(f"{api_socket}: HTTP status {response.status}")
-    return body
-
-
-def fetch_status(api_socket: Path, path: str = "/api/v1/status") -> dict[str, Any]:
-    """The status of the daemon that listens at *api_socket*, or what it answers to another *path*.
-
-    Raises Unreachable, BadReply.
-    """
-    try:
-        status = json.loads(fetch_body(api_socket, path))
-    except ValueError as e:
-        raise BadReply(f"{api_socket}: the answer is no JSON") from e
-    if not isinstance(status, dict):
-        raise BadReply(f"{api_socket}: the answer is no object")
-    return status
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def describe(status: dict[str, Any]) -> str:
-    """*status* for people."""
-    image, session, agent = status["image"], status["session"], status["agent"]
-    lines = [f"{status['id']}: {status['state']}, version {status['version']}", f"image {image['name']}"]
-    for blob in image.get("blobs", []):
-        states = blob["states"]
-        where = "on disk" if blob["on_disk"] else "in memory"
-        ready = states["verified"] if blob["on_disk"] else states["spilled"]
-        lines.append(f"  blob {blob['id'][:16]}: {ready} of {blob['n_chunks']} chunks {where}")
-    lines.append("processes")
-    rows: list[tuple[str, ...]] = [("role", "pid", "memory", "")]
-    for role, process in status["processes"].items():
-        pss = process.get("pss_kib")
-        notes = [f"{name} {process[name]}" for name in ("generation", "crashes") if name in process]
-        rows.append((role, str(process["pid"]), _size(pss * 1024) if pss else "-", ", ".join(notes)))
-    lines += _table(rows)
-    lines.append(f"queues ({'VMM connected' if session['frontend_connected'] else 'no VMM'})")
-    if status["queues"]:
-        rows = [("queue", "size", "parked", "in flight", "completed")]
-        for queue in status["queues"]:
-            names = ("index", "size", "parked", "in_flight", "completed")
-            rows.append(tuple(str(queue[name]) for name in names))
-        lines += _table(rows)
-    fetches = sum(agent["fetches"].values())
-    failed = fetches - agent["fetches"].get("ok", 0)
-    lines.append(f"fetched {_size(agent['bytes_fetched'])} in {fetches} requests, {failed} of them failed")
-    waiting, under_way = agent.get("chunks_waiting", 0), agent.get("fetches_in_flight", 0)
-    lines.append(f"waiting for {waiting} chunks, {under_way} fetches under way")
-    stalls = status["stalls"]
-    lines.append(f"{stalls['count']} requests waited {stalls['total_ns'] / 1e9:.3f} s altogether")
-    if stalls["slowest"]:
-        rows = [("waited", "offset", "file")]
-        for stall in stalls["slowest"][:_SLOWEST]:
-            waited = f"{(stall['done_ns'] - stall['parked_ns']) / 1e9:.3f} s"
-            rows.append((waited, str(stall["offset"]), stall["path"] or f"node {stall['nodeid']}"))
-        lines += _table(rows)
-    return "\n".join(lines)
+# Cursor to the corner; the rest of the line, and in the end of the screen, is cleared: nothing flickers.
+_HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @click.command()
@@ -124,16 +26,49 @@ def describe(status: dict[str, Any]) -> str:
     "--socket-path", type=_PATH, help="The daemon's vhost-user socket: its API socket lies beside it."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def status(api_socket: Path | None, socket_path: Path | None, as_json: bool) -> None:
-    """Show a running daemon's processes, queues and traffic.
+@click.option("--watch", is_flag=True, help="Go on until interrupted.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks with --watch.",
+)
+def status(
+    api_socket: Path | None, socket_path: Path | None, as_json: bool, watch: bool, interval: float
+) -> None:
+    """Show a running daemon's image, cache, traffic, and who waits for what.
 
     \b
-    Example: virtiofsd-rafs status --socket-path rafs.sock
+    Example: virtiofsd-rafs status --socket-path rafs.sock --watch
     """
-    if (api_socket is None) == (socket_path is None):
-        raise ConfigError("which daemon?", remedy="give either --api-socket or --socket-path")
-    if api_socket is None:
-        assert socket_path is not None
-        api_socket = default_api_socket(socket_path)
-    found = fetch_status(api_socket)
-    click.echo(json.dumps(found, indent=2) if as_json else describe(found))
+    api = which_socket(api_socket, socket_path)
+    try:
+        for found in _looks(api, interval if watch else None):
+            _show(found, as_json=as_json, watch=watch)
+    except KeyboardInterrupt:
+        if not watch:
+            raise
+
+
+def _looks(api: Path, interval_s: float | None) -> Iterator[dict[str, Any]]:
+    """The status, once or again and again."""
+    yield fetch_json(api)
+    while interval_s is not None:
+        time.sleep(interval_s)
+        yield fetch_json(api)
+
+
+def _show(found: dict[str, Any], *, as_json: bool, watch: bool) -> None:
+    if as_json:
+        # One line for each look, so that a program can read on.
+        click.echo(json.dumps(found, indent=None if watch else 2))
+        return
+    from virtiofsd_rafs.report.now import screen
+
+    lines = screen(found)
+    if watch and sys.stdout.isatty():
+        shown = "".join(f"{line}{_REST_OF_LINE}\n" for line in lines)
+        click.echo(f"{_HOME}{shown}{_REST_OF_SCREEN}", nl=False)
+    else:
+        click.echo("\n".join([*lines, ""] if watch else lines))
