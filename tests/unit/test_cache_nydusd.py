@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.sim.images import MadeImage, make_image
+from virtiofsd_rafs.cache.nydusd import read_meta, write_meta
 from virtiofsd_rafs.cli.cache import cache as command
 from virtiofsd_rafs.native.store import OK, Store
 
@@ -160,6 +161,18 @@ def test_export(image: MadeImage, cache: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2 chunks" in result.output
     assert record.read_bytes() == bitmap({5, 6})
+
+
+def test_chunk_maps_are_kept_beside_the_data(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_meta(cache, "ab", None)
+    assert read_meta(cache, "ab") is None
+    assert read_meta(None, "ab") is None
+    write_meta(cache, "ab", b"one")
+    write_meta(cache, "ab", b"two")
+    assert [path.name for path in cache.iterdir()] == ["ab.blob.meta"]
+    assert read_meta(cache, "ab") == b"one"
+    monkeypatch.setattr("virtiofsd_rafs.cache.nydusd.MAX_META_LEN", 2)
+    assert read_meta(cache, "ab") is None
 
 
 def test_bits_do_not_outlive_their_data(image: MadeImage, cache: Path) -> None:

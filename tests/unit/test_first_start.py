@@ -207,6 +207,16 @@ async def test_without_a_disk_nothing_is_fetched_in_advance(
     assert "no cache disk" in caplog.text
 
 
+async def test_an_image_above_the_limit_is_fetched_on_demand(
+    image: MadeImage, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of it would push out its beginning."""
+    monkeypatch.setattr("virtiofsd_rafs.config.MIN_CACHE_SIZE", 1)
+    async with rig(image, tmp_path / "cache", fill="now", prefetch="all", cache_size=4096) as r:
+        assert not r.agent.planner.busy
+    assert "fetched on demand only" in caplog.text
+
+
 async def test_closing_ends_everything(image: MadeImage, tmp_path: Path) -> None:
     source = ScriptedSource(image)
     source.gate.clear()

@@ -54,6 +54,8 @@ class Eviction:
         self._store = store
         self._step = max(MIN_STEP, limit >> STEP_SHIFT)
         self._swept_at = 0
+        self._refused = store.stats().disk_errors
+        self._first = True
         self._interval = HARVEST_S
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
@@ -68,7 +70,8 @@ class Eviction:
         self._open = True
         self._later()
         if self.limit:
-            self._begin(recover=True)
+            # Not at once: a guest is starting.
+            self._retry()
 
     async def close(self) -> None:
         """Ends it. What was used is noted for those who go on."""
@@ -90,7 +93,10 @@ class Eviction:
         if not self._open or self._task is not None:
             return
         grown, met = self._store.growth()
-        if met or (self.limit and grown - self._swept_at >= self._step):
+        refused = self._store.stats().disk_errors
+        due = grown - self._swept_at >= self._step or refused > self._refused
+        self._refused = refused
+        if met or (self.limit and due):
             self._begin(recover=met)
 
     def _later(self) -> None:
@@ -114,6 +120,7 @@ class Eviction:
             done = await asyncio.get_running_loop().run_in_executor(pool, work)
         except CacheError as e:
             self._tell("failed", "the cache cannot be kept below --cache-size: %s", e)
+            self._swept_at = grown
             return
         finally:
             pool.shutdown(wait=False)
@@ -154,7 +161,11 @@ class Eviction:
 
     def _retried(self) -> None:
         self._again = None
-        self.stored()
+        if self._first and self.limit and self._task is None:
+            self._first = False
+            self._begin(recover=True)
+        else:
+            self.stored()
 
     def _tell(self, what: str, text: str, *args: object) -> None:
         """Once each."""

@@ -55,7 +55,10 @@ pub struct Sweep {
 
 /// Files of one blob, whoever serves it.
 #[derive(Debug)]
-struct Pair {
+struct Pair<'a> {
+    dir: BorrowedFd<'a>,
+    /// Name of nydusd's record, which must not be there.
+    record: String,
     state: File,
     states: Mapping,
     count: u32,
@@ -65,11 +68,12 @@ struct Pair {
     entered: bool,
 }
 
-impl Pair {
+impl<'a> Pair<'a> {
     /// `None` when its chunks cannot be evicted.
-    fn open(dir: BorrowedFd<'_>, stem: &str, boot_id: &BootId) -> io::Result<Option<Pair>> {
+    fn open(dir: BorrowedFd<'a>, stem: &str, boot_id: &BootId) -> io::Result<Option<Pair<'a>>> {
         let data_name = format!("{stem}{DATA_SUFFIX}");
-        if sys::inode_at(dir, &format!("{data_name}{}", nydusd::SUFFIX))?.is_some() {
+        let record = format!("{data_name}{}", nydusd::SUFFIX);
+        if sys::inode_at(dir, &record)?.is_some() {
             return Ok(None);
         }
         let state = sys::open_existing_at(dir, &format!("{stem}{STATE_SUFFIX}"))?;
@@ -94,6 +98,8 @@ impl Pair {
         let entered = head.read::<16>(state_header::BOOT_ID) == Some(*boot_id);
         let states = Mapping::new(state.as_fd(), full_len(count), true)?;
         Ok(Some(Pair {
+            dir,
+            record,
             state,
             states,
             count,
@@ -155,6 +161,10 @@ impl Pair {
         step: fn(u32) -> Option<u32>,
         boot_id: &BootId,
     ) -> io::Result<u64> {
+        // A nydusd that has just been started makes its record before it writes the first chunk.
+        if sys::inode_at(self.dir, &self.record)?.is_some() {
+            return Ok(0);
+        }
         if self.entered {
             return self.give_back(chunk, step);
         }
