@@ -138,6 +138,7 @@ async def test_trouble_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     store = FakeStore()
     made = make(store)
     made.start()
+    await swept(made, store, 1)
     for answer, text in (
         (CacheError("no such luck"), "no such luck"),
         (IDLE._replace(errno=95), "Operation not supported"),
