@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CHUNK = 16 << 10
-# Four chunks: a folder is many times that, so that a fetch that is repeated in vain shows.
-AMPLIFY = 4 * CHUNK
+# Read-ahead grows to four times that, a quarter of a folder: each pattern needs several fetches, and one that
+# is repeated in vain shows.
+AMPLIFY = CHUNK
 N_SMALL = 24
 BIG = ("lib0", "lib1")
 BIG_SIZE = 12 * CHUNK + 1234

@@ -53,8 +53,13 @@ class Traffic:
     @property
     def needed(self) -> int:
         """Bytes of the blob that were asked for at least once."""
-        total, end = 0, -1
-        for first, last in sorted(r.span for r in self.whole if r.span is not None):
-            total += max(0, last - max(first - 1, end))
-            end = max(end, last)
-        return total
+        return covered(self.whole)
+
+
+def covered(records: Sequence[Record]) -> int:
+    """Bytes that lie in the range of at least one of *records*."""
+    total, end = 0, -1
+    for first, last in sorted(r.span for r in records if r.span is not None):
+        total += max(0, last - max(first - 1, end))
+        end = max(end, last)
+    return total

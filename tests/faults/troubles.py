@@ -25,7 +25,7 @@ class Trouble:
 
     name: str
     hits: tuple[Hit, ...] = ()
-    """What meets a cell's requests for content: each once, or ``times``, and three requests apart."""
+    """What meets a cell's requests for content: each once, or ``times``, and two requests apart."""
     always: tuple[Hit, ...] = ()
     """What meets all requests, from before the daemon starts."""
     link: dict[str, float] = attrs.Factory(dict)
@@ -48,7 +48,7 @@ class Trouble:
         """For the cell of *folder*; the faults, which all have to be met."""
         faults = []
         for number, (name, parameters) in enumerate(self.hits):
-            options = {"times": 1, "skip": 3 * number, **parameters}
+            options = {"times": 1, "skip": 2 * number, **parameters}
             faults.append(world.fault(name, where=self.where, span=folder.span, **options))
         if self.on_cell is not None:
             self.on_cell(world)
