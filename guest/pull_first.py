@@ -50,6 +50,9 @@ class Virtiofsd(BackEnd):
         socket = work / "vhost.sock"
         argv = [str(program), f"--socket-path={socket}", f"--shared-dir={tree}", "--sandbox", "none"]
         argv += ["--seccomp", "none", "--cache", "always", "--xattr", "--log-level", "error"]
+        # File handles, the default for root since 1.14, need the mount point of the tree's file system, which
+        # cannot be seen from within a chroot.
+        argv += ["--inode-file-handles=never"]
         super().__init__(argv, socket, log or work / "log")
 
 
