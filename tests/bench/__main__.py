@@ -7,6 +7,7 @@ import click
 from tests.bench.build import build
 from tests.bench.cold import cold
 from tests.bench.crash import crash
+from tests.bench.faults import faults
 from tests.bench.fullread import fullread
 from tests.bench.held import held
 from tests.bench.many import many
@@ -21,7 +22,7 @@ def main() -> None:
     """Measures the daemon and its peers in turn. Options take the peers' programs; see docs/benchmarks.md."""
 
 
-for command in (operations, held, start, memory, cold, fullread, crash, many, model, build):
+for command in (operations, held, start, memory, cold, fullread, crash, faults, many, model, build):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Fault:
     id: int = field(default_factory=lambda: next(_ids))
     seen: int = 0
     hits: int = 0
-    _rng: random.Random = field(default_factory=lambda: random.Random(20))
+    rng: random.Random = field(default_factory=lambda: random.Random(20))
     _loop: asyncio.AbstractEventLoop | None = None
     _released: asyncio.Event | None = None
 
@@ -99,7 +99,7 @@ class Fault:
         self.seen += 1
         if self.seen <= self.skip or (self.times is not None and self.hits >= self.times):
             return False
-        if self.share is not None and self._rng.random() >= self.share:
+        if self.share is not None and self.rng.random() >= self.share:
             return False
         self.hits += 1
         return True
