@@ -55,8 +55,8 @@ SESSION_STATUS = {
     },
     "session": {"frontend_connected": True},
     "queues": [
-        {"index": 0, "size": 128, "parked": 0, "in_flight": 0, "completed": 1},
-        {"index": 1, "size": 1024, "parked": 3, "in_flight": 4, "completed": 500},
+        {"index": 0, "size": 128, "enabled": True, "parked": 0, "in_flight": 0, "completed": 1},
+        {"index": 1, "size": 1024, "enabled": True, "parked": 3, "in_flight": 4, "completed": 500},
     ],
     "counters": {"requests": {"15": 7, "3": 2}},
 }
@@ -67,6 +67,7 @@ class FakeSession:
         self.post_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.traces: list[Trace] = []
         self.worker_pid = 1
+        self.connected = True
 
     def posts(self) -> list[Any]:
         return []
@@ -81,6 +82,7 @@ class FakeSession:
     def status(self) -> dict[str, Any]:
         copied: dict[str, Any] = json.loads(json.dumps(SESSION_STATUS))
         copied["processes"]["worker"]["pid"] = self.worker_pid
+        copied["session"]["frontend_connected"] = self.connected
         return copied
 
 
@@ -208,6 +210,8 @@ async def test_what_clients_of_nydusd_ask_for(image: MadeImage, tmp_path: Path) 
         code, _, body = await r.get("/readyz")
         assert code == 503
         assert "no worker" in json.loads(body)["reason"]
+        r.session.connected = False  # whoever starts the VM waits for this answer
+        assert (await r.get_json("/readyz"))["ready"]
 
 
 async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage, tmp_path: Path) -> None:

@@ -134,7 +134,14 @@ def test_a_daemon_that_does_nothing() -> None:
         waiting=[],
     )
     text = "\n".join(screen(found))
-    for expected in ("not mounted yet", "none is connected", "idle", "nobody", "no request"):
+    for expected in (
+        "not mounted yet",
+        "none is connected",
+        "idle",
+        "nobody",
+        "no request",
+        "none until a VM",
+    ):
         assert expected in text
 
 

@@ -198,7 +198,8 @@ def _processes(status: dict[str, Any]) -> Iterator[str]:
     shown = []
     for role, process in status["processes"].items():
         if not process["pid"]:
-            shown.append(f"{role} is being started")
+            idle = role == "worker" and not status["session"]["frontend_connected"]
+            shown.append(f"{role} none until a VM comes" if idle else f"{role} is being started")
             continue
         pss = process.get("pss_kib")
         shown.append(f"{role} {process['pid']}" + (f" ({amount(pss * 1024)})" if pss else ""))

@@ -202,7 +202,7 @@ _FAMILIES = {
     "requests_parked": ("gauge", "FUSE requests that wait for chunks."),
     "requests_in_flight": ("gauge", "FUSE requests that were taken and not answered."),
     "frontend_connected": ("gauge", "1 while a VMM is connected."),
-    "ready": ("gauge", "1 while the image is mounted and a worker serves it."),
+    "ready": ("gauge", "1 while a VM that connects is served."),
     "loop_lag_seconds": ("gauge", "How late the event loop of control was when this was asked for."),
     "build_info": ("gauge", "1, with the version of the package."),
 }

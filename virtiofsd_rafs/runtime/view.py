@@ -66,8 +66,11 @@ class View:
         """Why a front-end that connects now would have to wait; empty when it would not."""
         if self._mounted is None:
             return f"the image {self._config.image} is not mounted yet"
-        if not self._session.status()["processes"]["worker"]["pid"]:
-            return "no worker serves the image: one is being started"
+        status = self._session.status()
+        # Without a VM that has set its rings up there is nothing to serve, and no worker.
+        asked = status["session"]["frontend_connected"] and any(q["enabled"] for q in status["queues"])
+        if asked and not status["processes"]["worker"]["pid"]:
+            return "no worker serves the VM: one is being started"
         return ""
 
     def daemon(self) -> dict[str, Any]:
