@@ -53,6 +53,8 @@ HELPER_TIMEOUT_S = 15.0
 HELPER_MAX_AGE_S = 3600.0
 # A helper whose answer was refused is not asked more often than this: it would only say the same.
 HELPER_PAUSE_S = 5.0
+# Killed processes end within milliseconds.
+_REAP_S = 2.0
 
 
 def config_paths(environ: Mapping[str, str] | None = None) -> list[Path]:
@@ -288,8 +290,22 @@ async def run_helper(name: str, host: str, *, timeout_s: float) -> Credentials |
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            await _reap(process)
     return parse_helper_reply(name, status, output)
+
+
+async def _reap(process: asyncio.subprocess.Process) -> None:
+    """Waits for a process that was killed.
+
+    asyncio calls a process ended when its pipes are at their end as well, and stops reading a pipe whose bytes
+    nobody takes. Somebody who left the process group may hold the pipe for ever: he is not waited for.
+    """
+    assert process.stdout is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REAP_S):
+            while await process.stdout.read(64 << 10):
+                pass
+            await process.wait()
 
 
 async def _talk(process: asyncio.subprocess.Process, question: bytes) -> bytes:
