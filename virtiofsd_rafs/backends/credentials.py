@@ -297,8 +297,8 @@ async def run_helper(name: str, host: str, *, timeout_s: float) -> Credentials |
 async def _reap(process: asyncio.subprocess.Process) -> None:
     """Waits for a process that was killed.
 
-    asyncio calls a process ended when its pipes are at their end as well, and stops reading a pipe whose bytes
-    nobody takes. Somebody who left the process group may hold the pipe for ever: he is not waited for.
+    asyncio calls a process ended when its pipes are at their end as well, and stops reading a pipe whose
+    bytes nobody takes. Somebody who left the process group may hold the pipe for ever: he is not waited for.
     """
     assert process.stdout is not None
     with contextlib.suppress(TimeoutError):
