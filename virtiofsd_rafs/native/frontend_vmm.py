@@ -14,6 +14,7 @@ crosvm             SET_MEM_TABLE at each start         ring after ring disabled 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from virtiofsd_rafs.errors import PeerError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.native.frontend_device import Device
 
 
-class Vmm:
+class Vmm(ABC):
     """What all have in common. Without state: a profile may be shared by devices."""
 
     name: ClassVar[str]
@@ -44,22 +45,22 @@ class Vmm:
     acks: ClassVar[frozenset[Request] | None]
     """Requests that it wants acknowledged if it can; ``None`` stands for all."""
 
+    @abstractmethod
     def realize(self, device: Device) -> None:
         """Creates the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, device: Device, bases: Sequence[int]) -> None:
         """The guest's driver is ready, or goes on: the rings start at *bases*."""
-        raise NotImplementedError
 
     def driver_ok(self, device: Device) -> None:
         """A driver sets the device up and starts it, with empty rings."""
         device.make_empty_rings()
         self.start(device, [0] * device.n_queues)
 
+    @abstractmethod
     def stop(self, device: Device, timeout_s: float | None) -> list[int]:
         """The VM is paused; where its rings go on."""
-        raise NotImplementedError
 
     def resume(self, device: Device, bases: Sequence[int]) -> None:
         """The VM goes on."""
