@@ -189,7 +189,9 @@ async def test_whole_blob_is_given_up_while_it_is_deep_and_sliced_when_nothing_e
             await source.read_range(blob_id, size - 10, 10)
     # Given up means given up: at most what was in the socket's buffers has travelled.
     assert all(r.sent < size for r in registry_sim.log)
-    assert await source.read_range(blob_id, size - 10, 10) == b"0123456789"
+    # What was learnt is not forgotten because a slice could be cut out.
+    for _ in range(2):
+        assert await source.read_range(blob_id, size - 10, 10) == b"0123456789"
     await source.close()
 
 

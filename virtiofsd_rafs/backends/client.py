@@ -159,7 +159,9 @@ class RegistryClient:
         """Exactly *length* bytes of a blob at *offset*."""
         async with self._range(digest, offset, length) as (reply, _):
             exact = await reply.read(self._plan(reply, digest, offset, length))
-        self._ignored.pop(digest, None)
+            honoured = reply.head.status == 206
+        if honoured:
+            self._ignored.pop(digest, None)
         return exact
 
     async def blob_size(self, digest: str) -> int:
