@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 import attrs
 
 from virtiofsd_rafs.errors import ConfigError
+from virtiofsd_rafs.sockets import api_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +68,7 @@ def default_cache_dir() -> Path:
 
 def default_api_socket(socket_path: Path) -> Path:
     """Where the API listens when nobody says: beside the vhost-user socket."""
-    return Path(f"{socket_path}.api")
+    return Path(api_beside(str(socket_path)))
 
 
 def _one_of(*allowed: str) -> Callable[[object, attrs.Attribute[str], str], None]:

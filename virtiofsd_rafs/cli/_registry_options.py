@@ -41,6 +41,22 @@ _OPTIONS = (
 def registry_options(command: Command) -> Command:
     """Adds the options to *command*, which gets them together as ``access``: None when nothing was given."""
 
+    def joined(*args: Any, plain_http: bool, access: RegistryAccess | None, **kwargs: Any) -> object:
+        if plain_http:
+            from virtiofsd_rafs.backends.config import RegistryAccess
+
+            access = RegistryAccess.of(access, plain_http=True)
+        return command(*args, access=access, **kwargs)
+
+    return lean_registry_options(functools.update_wrapper(joined, command))
+
+
+def lean_registry_options(command: Command) -> Command:
+    """As :func:`registry_options`, but ``plain_http`` comes apart from ``access``.
+
+    An ``access`` costs milliseconds of imports, which tell when a VM waits for the command.
+    """
+
     @functools.wraps(command)
     def collected(
         *args: Any,
@@ -54,9 +70,8 @@ def registry_options(command: Command) -> Command:
         **kwargs: Any,
     ) -> object:
         access = None
-        if plain_http or mirror or auth_file or ca_file or skip_verify or proxy:
+        if mirror or auth_file or ca_file or skip_verify or proxy:
             access = _access(
-                plain_http=plain_http,
                 mirrors=mirror,
                 auth_file=auth_file,
                 ca_files=ca_file,
@@ -64,7 +79,7 @@ def registry_options(command: Command) -> Command:
                 proxy=proxy,
                 proxy_fallback=proxy_fallback,
             )
-        return command(*args, access=access, **kwargs)
+        return command(*args, plain_http=plain_http, access=access, **kwargs)
 
     for option in reversed(_OPTIONS):
         collected = option(collected)
@@ -73,7 +88,6 @@ def registry_options(command: Command) -> Command:
 
 def _access(
     *,
-    plain_http: bool,
     mirrors: tuple[str, ...],
     auth_file: Path | None,
     ca_files: tuple[Path, ...],
@@ -98,7 +112,6 @@ def _access(
                 remedy="put the whole URL into HTTPS_PROXY or HTTP_PROXY",
             )
     return RegistryAccess(
-        plain_http=plain_http,
         mirrors=tuple(map(Mirror.of, mirrors)),
         http=HttpOptions(ca_files=ca_files, skip_verify=skip_verify, proxy=options),
         auth_file=auth_file,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from virtiofsd_rafs.cli._params import Size, format_size
-from virtiofsd_rafs.cli._registry_options import registry_options
+from virtiofsd_rafs.cli._registry_options import lean_registry_options
 from virtiofsd_rafs.cli._source_options import source_options
 from virtiofsd_rafs.config import (
     DEFAULT_AMPLIFY,
@@ -66,7 +66,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=True,
     help="When to ask the registry what a tag means: missing starts a known tag without asking.",
 )
-@registry_options
+@lean_registry_options
 @click.option(
     "--allow-unverified", is_flag=True, help="Serve images that lack digests for some of their data."
 )
@@ -145,6 +145,7 @@ def serve(
     spill_size: int,
     keep: bool,
     log_level: str,
+    plain_http: bool,
     access: RegistryAccess | None,
 ) -> None:
     """Serve IMAGE to one VM over vhost-user until the VM ends.
@@ -167,6 +168,7 @@ def serve(
         config_file=config_file,
         pull=pull,  # type: ignore[arg-type]  # click has checked the choice
         io_deadline_s=io_deadline,
+        plain_http=plain_http,
         registry=access,
         allow_unverified=allow_unverified,
         log_level=log_level,  # type: ignore[arg-type]  # click has checked the choice
