@@ -107,6 +107,11 @@ class Registry:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def host(self) -> str:
+        """``127.0.0.1:port``, the host part of references."""
+        return f"127.0.0.1:{self.port}"
+
     def traffic(self, digest: str = "") -> Traffic:
         """What was read from it so far, by its own account; see :func:`read_log`."""
         return read_log(self.log.read_bytes(), digest)

@@ -23,6 +23,7 @@ from virtiofsd_rafs.native.session import Session
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from guest.registry import Registry
     from tests.sim.faulty_proxy import FaultyProxy
     from tests.sim.registry import RegistrySimulator
     from virtiofsd_rafs.native.frontend_device import Token
@@ -146,7 +147,7 @@ def start(
 
 @contextmanager
 def run_daemon(
-    sim: RegistrySimulator | FaultyProxy,
+    sim: RegistrySimulator | FaultyProxy | Registry,
     folder: Path,
     *options: str,
     host: str | None = None,

@@ -157,6 +157,21 @@ async def test_fill_goes_on_where_it_was_interrupted(image: MadeImage, tmp_path:
         assert fetched == N_CHUNKS // 2
 
 
+async def test_what_a_dead_daemon_was_fetching_is_filled_as_well(
+    image: MadeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First it is left to it, because it may be alive."""
+    monkeypatch.setattr(first_start, "_OTHERS_S", 0.01)
+    async with rig(image, tmp_path / "cache") as dead:
+        dead.store.hint_fetching(0, [5, 6, 11], True)
+    async with rig(image, tmp_path / "cache", fill="now") as r:
+        await r.until(lambda: r.completed == 1)
+        chunks = [chunk for record in r.metrics.log for chunk, _ in record.chunks]
+        assert sorted(chunks[-3:]) == [5, 6, 11]
+        assert sorted(chunks) == list(range(N_CHUNKS))
+        assert r.agent.first_start.status()["fill"] == "done"
+
+
 async def test_fill_after_the_start(
     image: MadeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,8 @@ class Background:
     Args:
         blobs: numbers of all blobs.
         layout: chunks of a blob by place.
-        absent: whether nothing is stored of a chunk and nobody, here or in another daemon, is busy with it.
+        absent: whether nothing is stored of a chunk and nobody here is busy with it.
+        hinted: whether some daemon says that it is fetching the chunk; it may have died since.
         link: what it carries.
         gap: bytes that a range may bring for nothing between two chunks.
         max_size: what one range may decode to.
@@ -81,6 +82,7 @@ class Background:
         blobs: Iterable[int],
         layout: Callable[[int], Layout],
         absent: Callable[[int, int], bool],
+        hinted: Callable[[int, int], bool],
         link: Link,
         gap: int,
         max_size: int,
@@ -90,6 +92,8 @@ class Background:
     ) -> None:
         self._layout = layout
         self._absent = absent
+        self._hinted = hinted
+        self._leaves = True
         self._link = link
         self._gap = gap
         self._max_size = max_size
@@ -114,8 +118,12 @@ class Background:
         """The whole image will be wanted soon."""
         self._everything.start()
 
-    def fill(self) -> None:
-        """The whole image is to be here, some time."""
+    def fill(self, *, leaves: bool = True) -> None:
+        """The whole image is to be here, some time.
+
+        Without *leaves* also what other daemons say that they are fetching: those may be dead.
+        """
+        self._leaves = leaves
         self._fill.start()
 
     @property
@@ -175,9 +183,10 @@ class Background:
         if load.n_bytes and room < BACKGROUND_MIN:
             return None
         for reason, backlog in self._open(load, now):
-            key = backlog.head(self._absent)
+            wanted = self._absent if backlog is self._fill and not self._leaves else self._free
+            key = backlog.head(wanted)
             if key is not None:
-                return self._range(reason, backlog, key, max(room, BACKGROUND_MIN), now)
+                return self._range(reason, backlog, key, wanted, max(room, BACKGROUND_MIN), now)
             if backlog:
                 return None  # there is more to look at, when the event loop has had its turn
         return None
@@ -211,7 +220,19 @@ class Background:
         may = BACKGROUND_UNKNOWN if rate is None else int(rate * seconds)
         return may - load.n_bytes
 
-    def _range(self, reason: Reason, backlog: Backlog, key: Key, room: int, now: float) -> Picked:
+    def _free(self, blob: int, chunk: int) -> bool:
+        """Whether it is absent, and no other daemon says that it is fetching it."""
+        return self._absent(blob, chunk) and not self._hinted(blob, chunk)
+
+    def _range(
+        self,
+        reason: Reason,
+        backlog: Backlog,
+        key: Key,
+        wanted: Callable[[int, int], bool],
+        room: int,
+        now: float,
+    ) -> Picked:
         """What goes along with *key*: at most half of the room, so that two ranges keep the link busy."""
         blob, chunk = key
         layout = self._layout(blob)
@@ -228,7 +249,7 @@ class Background:
             at, stop = offsets[other], offsets[other] + lengths[other]
             if at - end > self._gap or stop - start > limit or size >= self._max_size:
                 break
-            if not self._absent(blob, other) or (blob, other) in self._tries:
+            if not wanted(blob, other) or (blob, other) in self._tries:
                 continue
             between.append(other)
             if near(other):
@@ -240,7 +261,7 @@ class Background:
             at, stop = offsets[other], offsets[other] + lengths[other]
             if start - stop > self._gap or end - at > limit or size >= self._max_size:
                 break
-            if near(other) and self._absent(blob, other) and (blob, other) not in self._tries:
+            if near(other) and wanted(blob, other) and (blob, other) not in self._tries:
                 chunks.insert(0, other)
                 size += layout.chunks.size(other)
                 start = min(start, at)

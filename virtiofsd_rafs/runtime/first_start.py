@@ -31,7 +31,7 @@ START_QUIET_S = 5.0
 _TICK_S = 1.0
 # A fill that had to give chunks up tries them again after this.
 _NEW_PASS_S = 60.0
-# What other daemons were fetching at the end of a pass is looked at again after this.
+# What other daemons were fetching at the end of a pass is fetched here after this, should it still be absent.
 _OTHERS_S = 5.0
 # Where a bootstrap says how long its prefetch table is (rafs/c_rafs_v6.py): most have none, and then nothing
 # has to be parsed.
@@ -97,6 +97,7 @@ class FirstStart:
         self._completed = completed
         self._fill: FillState = "off"
         self._given_up = 0
+        self._left_to_others = False
         self._complete = False
         self._listed = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -226,20 +227,23 @@ class FirstStart:
     def _begin_fill(self) -> None:
         self._fill = "running"
         self._given_up = self._planner.counters.given_up
-        self._planner.background.fill()
+        # Whoever was fetching the rest when the last pass ended has had time: it may be dead.
+        self._planner.background.fill(leaves=not self._left_to_others)
+        self._left_to_others = False
         self._pump()
 
     # -- completeness ---------------------------------------------------------------------------------------
 
     def settled(self) -> None:
         """Nothing is under way any more."""
-        if self._fill == "running" and not self._planner.background.filling:
+        if self._fill == "running" and self._timer is None and not self._planner.background.filling:
             if self._planner.counters.given_up > self._given_up:
                 self._fill = "incomplete"
                 _log.warning("chunks with wrong bytes are missing: tried again in %g s", _NEW_PASS_S)
                 self._later(_NEW_PASS_S)
             elif any(self._store.states(index).fetching for index in self._blobs):
-                self._later(_OTHERS_S)  # other daemons are busy with the rest, and may fail
+                self._left_to_others = True  # other daemons are busy with the rest, and may fail
+                self._later(_OTHERS_S)
             else:
                 self._fill = "done"
         self.check_complete()

@@ -99,7 +99,8 @@ class Planner:
         self.background = Background(
             blobs=blobs,
             layout=self._layout,
-            absent=self._free,
+            absent=self._absent,
+            hinted=lambda blob, chunk: blobs[blob].hinted(chunk),
             link=self.link,
             gap=self._gap,
             max_size=max(amplify, BACKGROUND_MIN) * MAX_EXPANSION,
