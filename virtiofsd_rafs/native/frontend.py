@@ -61,7 +61,17 @@ from virtiofsd_rafs.native.frontend_link import (
     milliseconds,
     pc_layout,
 )
-from virtiofsd_rafs.native.frontend_load import Load, LoadResult, Op, OpResult, Target, run_load
+from virtiofsd_rafs.native.frontend_load import (
+    Load,
+    LoadResult,
+    Op,
+    OpResult,
+    Target,
+    Walk,
+    WalkResult,
+    run_load,
+    run_walk,
+)
 from virtiofsd_rafs.native.frontend_tree import TreeEntry, TreeWalk
 
 if TYPE_CHECKING:
@@ -87,6 +97,8 @@ __all__ = [
     "Target",
     "Token",
     "TreeEntry",
+    "Walk",
+    "WalkResult",
     "pc_layout",
 ]
 
@@ -237,8 +249,17 @@ class Frontend(Device):
         """Runs a load; other threads may use the front-end meanwhile, also to stop and resume the device."""
         before = self.faults()
         result = run_load(self._handle, load, (load.layout or self.layout).word())
+        return attrs.evolve(result, faults=self._faults_since(before))
+
+    def walk(self, walk: Walk) -> WalkResult:
+        """Lists a tree as a guest does; as ``load`` otherwise."""
+        before = self.faults()
+        result = run_walk(self._handle, walk, (walk.layout or self.layout).word())
+        return attrs.evolve(result, load=attrs.evolve(result.load, faults=self._faults_since(before)))
+
+    def _faults_since(self, before: dict[str, int]) -> dict[str, int]:
         new = {kind: n - before.get(kind, 0) for kind, n in self.faults().items()}
-        return attrs.evolve(result, faults={kind: n for kind, n in new.items() if n})
+        return {kind: n for kind, n in new.items() if n}
 
     def stop_loads(self) -> None:
         """Makes running loads submit no more; they end when what is in flight is answered."""

@@ -1,4 +1,4 @@
-"""Load loops of the test front-end: what to do, what came of it. The loops themselves are native."""
+"""Load loops and walks of the test front-end: what to do, what came of it. The loops are native."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
     from virtiofsd_rafs.native.frontend_device import Layout
 
-Kind = Literal["getattr", "lookup", "read"]
+Kind = Literal["getattr", "lookup", "absent", "read", "open", "forget"]
+"""``absent``: a lookup that must find nothing; ``open``: OPEN and RELEASE; ``forget`` has no answer."""
 
 _FOREVER_S = 365 * 86_400.0
 _MAX_FDS = 4096
+_MAX_STEPS = 4096
+"""More than a native histogram has buckets."""
 
 
 @attrs.frozen
@@ -101,6 +104,8 @@ class LoadResult:
     kicks_suppressed: int
     interrupts: int
     faults: dict[str, int]
+    steps: tuple[tuple[float, int], ...] = ()
+    """Latencies of all requests: values up to the first number in microseconds, so many; ascending."""
 
     @property
     def ops_per_s(self) -> float:
@@ -114,6 +119,34 @@ class LoadResult:
     def clean(self) -> bool:
         """Whether every request was answered, rightly, and the rings were used as they must be."""
         return not (self.total.errors or self.total.wrong or self.lost or self.faults)
+
+
+@attrs.frozen
+class Walk:
+    """A walk of the tree below *root*, again and again for *duration_s*, or *count* times.
+
+    Defaults are those of one process in a guest with Linux 6.12: one request at a time, one page of names.
+    """
+
+    root: int = 1
+    depth: int = 1
+    size: int = 4096
+    duration_s: float | None = None
+    count: int = 0
+    queue: int = 1
+    wait: Literal["sleep", "poll"] = "sleep"
+    stall_s: float = 30.0
+    layout: Layout | None = None
+
+
+@attrs.frozen
+class WalkResult:
+    """What came of walks. ``load`` counts their requests."""
+
+    walks: int
+    names: int
+    directories: int
+    load: LoadResult
 
 
 class _Pool:
@@ -157,7 +190,10 @@ def run_load(handle: Any, load: Load, layout_word: int) -> LoadResult:
     kinds = {
         "getattr": lib.VR_FRONTEND_OP_GETATTR,
         "lookup": lib.VR_FRONTEND_OP_LOOKUP,
+        "absent": lib.VR_FRONTEND_OP_ABSENT,
         "read": lib.VR_FRONTEND_OP_READ,
+        "open": lib.VR_FRONTEND_OP_OPEN,
+        "forget": lib.VR_FRONTEND_OP_FORGET,
     }
     if load.duration_s is None and not load.count:
         raise ValueError("a load needs a duration or a count")
@@ -186,6 +222,7 @@ def run_load(handle: Any, load: Load, layout_word: int) -> LoadResult:
         ]
         n_out = lib.VR_FRONTEND_LOAD_HEAD + lib.VR_FRONTEND_LOAD_RESULT * (len(load.ops) + 1)
         out = ffi.new("uint64_t[]", n_out)
+        steps = ffi.new("uint64_t[]", 2 * _MAX_STEPS)
         checked(
             lib.vr_frontend_load(
                 handle,
@@ -202,14 +239,56 @@ def run_load(handle: Any, load: Load, layout_word: int) -> LoadResult:
                 len(pool.fds),
                 out,
                 n_out,
+                steps,
+                len(steps),
             )
         )
+    return _result(ffi.unpack(out, n_out), steps)
+
+
+def _result(out: Sequence[int], steps: Any) -> LoadResult:
+    """What native code stored for a load."""
     head, words = lib.VR_FRONTEND_LOAD_HEAD, lib.VR_FRONTEND_LOAD_RESULT
-    elapsed_ns, lost, _, kicks, suppressed, interrupts = (int(out[i]) for i in range(head))
+    elapsed_ns, lost, _, kicks, suppressed, interrupts, n_steps = out[:head]
     results = []
-    for i in range(len(load.ops) + 1):
-        row = [int(out[head + i * words + k]) for k in range(words)]
+    for at in range(head, len(out), words):
+        row = out[at : at + words]
         results.append(OpResult(*row[:5], *(ns / 1000 for ns in row[5:])))
+    pairs = ffi.unpack(steps, 2 * n_steps)
     return LoadResult(
-        tuple(results[:-1]), results[-1], elapsed_ns / 1e9, lost, kicks, suppressed, interrupts, {}
+        tuple(results[:-1]),
+        results[-1],
+        elapsed_ns / 1e9,
+        lost,
+        kicks,
+        suppressed,
+        interrupts,
+        {},
+        tuple((ns / 1000, n) for ns, n in zip(pairs[::2], pairs[1::2], strict=True)),
     )
+
+
+def run_walk(handle: Any, walk: Walk, layout_word: int) -> WalkResult:
+    """Runs walks on a native front-end; blocks without the interpreter's lock."""
+    if walk.duration_s is None and not walk.count:
+        raise ValueError("a walk needs a duration or a count")
+    duration_s = _FOREVER_S if walk.duration_s is None else walk.duration_s
+    params = [
+        walk.root,
+        walk.depth,
+        walk.size,
+        round(duration_s * 1000),
+        walk.count,
+        walk.wait == "poll",
+        layout_word,
+        round(walk.stall_s * 1000),
+    ]
+    head = lib.VR_FRONTEND_WALK_HEAD
+    n_out = head + lib.VR_FRONTEND_LOAD_HEAD + 2 * lib.VR_FRONTEND_LOAD_RESULT
+    out = ffi.new("uint64_t[]", n_out)
+    steps = ffi.new("uint64_t[]", 2 * _MAX_STEPS)
+    words = ffi.new("uint64_t[]", [int(p) for p in params])
+    checked(lib.vr_frontend_walk(handle, walk.queue, words, out, n_out, steps, len(steps)))
+    numbers = ffi.unpack(out, n_out)
+    walks, names, directories = numbers[:head]
+    return WalkResult(walks, names, directories, _result(numbers[head:], steps))

@@ -6,6 +6,7 @@
 pub mod load;
 pub mod memory;
 pub mod queues;
+pub mod walk;
 
 use std::ffi::c_void;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};

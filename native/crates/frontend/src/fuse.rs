@@ -4,7 +4,11 @@
 pub const LOOKUP: u32 = 1;
 pub const FORGET: u32 = 2;
 pub const GETATTR: u32 = 3;
+pub const OPEN: u32 = 14;
 pub const READ: u32 = 15;
+pub const RELEASE: u32 = 18;
+pub const OPENDIR: u32 = 27;
+pub const RELEASEDIR: u32 = 29;
 pub const READDIRPLUS: u32 = 44;
 pub const BATCH_FORGET: u32 = 42;
 
@@ -15,6 +19,7 @@ pub const OUT_HEADER: usize = 16;
 /// Sizes of the answers' bodies.
 pub const ATTR_OUT: usize = 104;
 pub const ENTRY_OUT: usize = 128;
+pub const OPEN_OUT: usize = 16;
 
 /// `struct fuse_in_header` for a request of `len` bytes in all, sent by root (uid 0, gid 0, pid 1).
 pub fn in_header(len: u32, opcode: u32, unique: u64, nodeid: u64) -> [u8; IN_HEADER] {
@@ -35,6 +40,19 @@ pub fn read_in(fh: u64, offset: u64, size: u32) -> [u8; 40] {
     b[16..20].copy_from_slice(&size.to_le_bytes());
     b
 }
+
+/// `struct fuse_open_in` of a plain O_RDONLY open.
+pub const OPEN_IN: [u8; 8] = [0; 8];
+
+/// `struct fuse_release_in` of a handle.
+pub fn release_in(fh: u64) -> [u8; 24] {
+    let mut b = [0u8; 24];
+    b[0..8].copy_from_slice(&fh.to_le_bytes());
+    b
+}
+
+/// `struct fuse_forget_in`: one lookup less.
+pub const FORGET_ONE: [u8; 8] = 1u64.to_le_bytes();
 
 /// A parsed `struct fuse_out_header`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -73,6 +73,12 @@ impl Histogram {
         (self.sum / u128::from(self.count.max(1))) as u64
     }
 
+    /// What occurred, in ascending order: values up to the first number, so many of them.
+    pub fn steps(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let filled = self.buckets.iter().enumerate().filter(|(_, n)| **n > 0);
+        filled.map(|(i, n)| (upper(i).min(self.max), *n))
+    }
+
     /// The value that `per_million` of all values do not exceed; 0 without values.
     pub fn percentile(&self, per_million: u64) -> u64 {
         let rank = (u128::from(self.count) * u128::from(per_million))
@@ -125,6 +131,9 @@ mod tests {
             (low.percentile(1_000_000), low.max(), low.mean()),
             (1_000_000, 1_000_000, 500_500)
         );
+        assert_eq!(low.steps().map(|(_, n)| n).sum::<u64>(), 1000);
+        assert_eq!(low.steps().last().map(|(value, _)| value), Some(1_000_000));
+        assert!(low.steps().is_sorted_by(|a, b| a.0 < b.0));
         assert_eq!(Histogram::default().percentile(500_000), 0);
     }
 }

@@ -13,6 +13,7 @@
 //! | [`queue`] | a ring with its eventfds, shared by threads: requests, waiting, pausing, quarantine |
 //! | [`port`] | the way by which native loops use a queue: batches, no allocation |
 //! | [`spec`], [`load`], [`histogram`] | what a load does, its loops with content checks, its latencies |
+//! | [`walk`] | a whole tree listed as a guest lists it |
 //! | [`digest`] | SHA-256 of many files with many reads in flight |
 //! | [`kit`] | all of them together, as one front-end |
 
@@ -26,6 +27,7 @@ pub mod histogram;
 pub mod kit;
 pub mod load;
 pub mod memory;
+mod operation;
 mod pause;
 pub mod port;
 pub mod queue;
@@ -35,6 +37,7 @@ pub mod sys;
 #[cfg(test)]
 mod testing;
 mod waiting;
+pub mod walk;
 
 pub use connection::Connection;
 pub use error::Error;

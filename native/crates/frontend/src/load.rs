@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 use crate::error::Error;
 use crate::exchange::Exchange;
 use crate::fault::FaultKind;
-use crate::fuse::{self, IN_HEADER, OUT_HEADER};
+use crate::fuse::OUT_HEADER;
+use crate::operation::{Step, Verdict, ask, judge};
 use crate::port::Port;
 use crate::queue::Queue;
 pub use crate::spec::{Expected, Kind, Op, OpOutcome, Outcome, Spec, Target};
@@ -75,6 +76,7 @@ struct Slot {
     target: usize,
     offset: u64,
     unique: u64,
+    step: Step,
     submitted: Instant,
 }
 
@@ -186,34 +188,23 @@ impl<'a> Loop<'a> {
         }
         let offset = block * u64::from(op.len);
         self.unique += 2;
-        let t = &op.targets[target];
-        let (opcode, len) = match op.kind {
-            Kind::Getattr => {
-                exchange.write_request(IN_HEADER, &[0; 16]);
-                (fuse::GETATTR, IN_HEADER + 16)
-            }
-            Kind::Lookup => {
-                let len = IN_HEADER + t.name.len() + 1;
-                exchange.set_request_len(&self.queue.memory, len, self.spec.layout)?;
-                exchange.write_request(IN_HEADER, &t.name);
-                exchange.write_request(len - 1, &[0]);
-                (fuse::LOOKUP, len)
-            }
-            Kind::Read => {
-                exchange.write_request(IN_HEADER, &fuse::read_in(t.fh, offset, op.len));
-                (fuse::READ, IN_HEADER + 40)
-            }
-        };
-        exchange.write_request(
-            0,
-            &fuse::in_header(len as u32, opcode, self.unique, t.nodeid),
-        );
+        let asked = (op, &op.targets[target]);
+        let place = (self.queue, self.spec);
+        ask(
+            &mut exchange,
+            place,
+            asked,
+            Step::First,
+            self.unique,
+            offset,
+        )?;
         Ok(Slot {
             exchange,
             op: i,
             target,
             offset,
             unique: self.unique,
+            step: Step::First,
             submitted: now,
         })
     }
@@ -271,7 +262,9 @@ impl<'a> Loop<'a> {
             let result = self.turn(&port, &mut waiting, &mut done);
             now = Instant::now();
             for (slot, used) in done.drain(..) {
-                self.finish(slot, used, now);
+                if self.finish(slot, used, now)? {
+                    waiting.push_back(slot);
+                }
             }
             match result {
                 Ok(()) => {}
@@ -300,6 +293,7 @@ impl<'a> Loop<'a> {
         for &i in waiting.iter() {
             self.slots[i as usize]
                 .iter_mut()
+                .filter(|slot| slot.step == Step::First)
                 .for_each(|slot| slot.submitted = now);
         }
         let slots = &self.slots;
@@ -315,16 +309,13 @@ impl<'a> Loop<'a> {
         port.completions(self.spec.stall, done)
     }
 
-    fn finish(&mut self, index: u32, used: u32, now: Instant) {
-        let Some(slot) = self.slots.get_mut(index as usize).and_then(Option::take) else {
-            return;
+    /// Judges an answer. Returns whether the operation has another request, which is in the slot then.
+    fn finish(&mut self, index: u32, used: u32, now: Instant) -> Result<bool, Error> {
+        let Some(mut slot) = self.slots.get_mut(index as usize).and_then(Option::take) else {
+            return Ok(false);
         };
-        self.free.push(index);
         let (faults, q) = (&self.queue.faults, self.queue.index);
-        let outcome = &mut self.outcome.ops[slot.op];
-        outcome
-            .latency
-            .record(now.duration_since(slot.submitted).as_nanos() as u64);
+        let op = &self.spec.ops[slot.op];
         let header = slot.exchange.verify(slot.unique, used, faults, q);
         if self.spec.canaries {
             slot.exchange.verify_poison(
@@ -334,37 +325,50 @@ impl<'a> Loop<'a> {
                 q,
             );
         }
-        let error = header.map_or(libc::EPROTO, |h| -h.error);
-        if error != 0 {
-            outcome.errors += 1;
-            outcome.first_errno = if outcome.first_errno == 0 {
-                error
-            } else {
-                outcome.first_errno
-            };
-        } else {
-            let len = slot
-                .exchange
-                .reply_len(used, header)
-                .min(slot.exchange.reply_capacity())
-                - OUT_HEADER;
-            outcome.bytes += len as u64;
-            let op = &self.spec.ops[slot.op];
-            if op.kind == Kind::Read && !content_is_right(op, &slot, len, &mut self.buf) {
-                outcome.wrong += 1;
-                faults.record(FaultKind::WrongData, || {
-                    let t = &op.targets[slot.target];
-                    format!(
-                        "queue {q}: node {}, {len} bytes at {} of {}",
-                        t.nodeid, slot.offset, t.size
-                    )
-                });
-            }
-        }
+        let verdict = judge(op.kind, slot.step, header, &slot.exchange);
+        let capacity = slot.exchange.reply_capacity();
+        let len = (slot.exchange.reply_len(used, header).min(capacity)).saturating_sub(OUT_HEADER);
+        let right = match (verdict, op.kind) {
+            (Verdict::Good, Kind::Read) => content_is_right(op, &slot, len, &mut self.buf),
+            (verdict, _) => verdict != Verdict::Wrong,
+        };
         if self.spec.canaries {
             slot.exchange.poison();
         }
+        let outcome = &mut self.outcome.ops[slot.op];
+        if !right {
+            outcome.wrong += 1;
+            faults.record(FaultKind::WrongData, || {
+                let t = &op.targets[slot.target];
+                format!(
+                    "queue {q}: node {}, {len} bytes at {} of {}",
+                    t.nodeid, slot.offset, t.size
+                )
+            });
+        }
+        match verdict {
+            Verdict::Next(step) => {
+                self.unique += 2;
+                (slot.step, slot.unique) = (step, self.unique);
+                let asked = (op, &op.targets[slot.target]);
+                let place = (self.queue, self.spec);
+                ask(&mut slot.exchange, place, asked, step, slot.unique, 0)?;
+                self.slots[index as usize] = Some(slot);
+                return Ok(true);
+            }
+            Verdict::Refused(error) => {
+                outcome.errors += 1;
+                if outcome.first_errno == 0 {
+                    outcome.first_errno = error;
+                }
+            }
+            Verdict::Good | Verdict::Wrong => outcome.bytes += len as u64,
+        }
+        let latency = now.duration_since(slot.submitted).as_nanos() as u64;
+        outcome.latency.record(latency);
+        self.free.push(index);
         self.idle[slot.op].push_back(slot.exchange);
+        Ok(false)
     }
 }
 

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::exchange::{Framing, Layout};
+use crate::fuse;
 use crate::memory::new_file;
 use crate::port::Wait;
 use crate::sys::Mapping;
@@ -75,7 +76,9 @@ fn with_device<T>(
                 };
                 let second = device.take();
                 for (head, descs, request) in second.into_iter().chain([first]) {
-                    if let Some(body) = serve(&request, n) {
+                    if !descs.iter().any(|d| d.writable) {
+                        device.answer(head, &descs, &[], 0);
+                    } else if let Some(body) = serve(&request, n) {
                         device.reply(head, &descs, &request, &body);
                     }
                     n += 1;
@@ -104,6 +107,62 @@ fn serve(request: &[u8]) -> Vec<u8> {
         }
         _ => read(request),
     }
+}
+
+#[test]
+fn handles_are_given_back_and_both_requests_are_one_operation() {
+    let queue = queue(16);
+    let kinds = [Kind::Open, Kind::Forget, Kind::Absent];
+    let ops = kinds.map(|kind| op(kind, 0, false, vec![target(5, "a", Expected::Anything)]));
+    let (opened, released) = (AtomicU64::new(0), AtomicU64::new(0));
+    let answer = |request: &[u8], _| match u32::from_le_bytes(request[4..8].try_into().unwrap()) {
+        fuse::OPEN => {
+            opened.fetch_add(1, Ordering::Relaxed);
+            Some([77u64.to_le_bytes(), [0; 8]].concat())
+        }
+        fuse::RELEASE => {
+            assert_eq!(request[40..48], 77u64.to_le_bytes());
+            released.fetch_add(1, Ordering::Relaxed);
+            Some(Vec::new())
+        }
+        opcode => {
+            assert_eq!(opcode, fuse::LOOKUP);
+            Some(vec![0; fuse::ENTRY_OUT])
+        }
+    };
+    let spec = spec(ops.into());
+    let outcome = with_device(&queue, answer, || {
+        run(std::slice::from_ref(&queue), &spec, &AtomicU64::new(0))
+    });
+    let outcome = outcome.unwrap();
+    let counts: Vec<_> = outcome.ops.iter().map(|op| op.latency.count()).collect();
+    assert_eq!(counts.iter().sum::<u64>(), 500);
+    assert_eq!(
+        (opened.into_inner(), released.into_inner()),
+        (counts[0], counts[0])
+    );
+    let total = outcome.total();
+    assert_eq!((total.errors, total.wrong, outcome.lost), (0, 0, 0));
+    assert_eq!(queue.faults.total(), 0);
+}
+
+#[test]
+fn a_name_that_should_not_be_there_is_told() {
+    let queue = queue(16);
+    let absent = op(
+        Kind::Absent,
+        0,
+        false,
+        vec![target(5, "a", Expected::Anything)],
+    );
+    let spec = spec(vec![absent]);
+    let outcome = with_device(
+        &queue,
+        |request, _| Some(serve(request)),
+        || run(std::slice::from_ref(&queue), &spec, &AtomicU64::new(0)),
+    );
+    assert_eq!(outcome.unwrap().total().wrong, 500);
+    assert_eq!(queue.faults.count(FaultKind::WrongData), 500);
 }
 
 #[test]

@@ -36,7 +36,13 @@ pub struct Target {
 pub enum Kind {
     Getattr,
     Lookup,
+    /// A lookup that must find nothing: ENOENT, or an entry without a node.
+    Absent,
     Read,
+    /// OPEN, and when it is answered RELEASE; both count as one operation.
+    Open,
+    /// FORGET of one lookup, which has no answer: for the hiprio queue.
+    Forget,
 }
 
 /// One kind of operation in a mix.
@@ -56,8 +62,10 @@ impl Op {
         IN_HEADER
             + match self.kind {
                 Kind::Getattr => 16,
-                Kind::Lookup => self.targets.first().map_or(1, |t| t.name.len() + 1),
+                Kind::Lookup | Kind::Absent => self.targets.first().map_or(1, |t| t.name.len() + 1),
                 Kind::Read => 40,
+                Kind::Open => 24,
+                Kind::Forget => 8,
             }
     }
 
@@ -65,8 +73,10 @@ impl Op {
         OUT_HEADER
             + match self.kind {
                 Kind::Getattr => fuse::ATTR_OUT,
-                Kind::Lookup => fuse::ENTRY_OUT,
+                Kind::Lookup | Kind::Absent => fuse::ENTRY_OUT,
                 Kind::Read => self.len as usize,
+                Kind::Open => fuse::OPEN_OUT,
+                Kind::Forget => return 0,
             }
     }
 

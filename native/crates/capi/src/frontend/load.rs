@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use frontend::digest::{self, File, Status};
-use frontend::load::{Expected, Kind, Op, OpOutcome, Spec, Target, run};
+use frontend::load::{Expected, Kind, Op, OpOutcome, Outcome, Spec, Target, run};
 use frontend::port::Wait;
 use frontend::sys::Mapping;
 
@@ -17,12 +17,15 @@ use crate::{Failure, guard};
 pub const VR_FRONTEND_LOAD_PARAMS: usize = 10;
 pub const VR_FRONTEND_LOAD_OP: usize = 6;
 pub const VR_FRONTEND_LOAD_TARGET: usize = 8;
-pub const VR_FRONTEND_LOAD_HEAD: usize = 6;
+pub const VR_FRONTEND_LOAD_HEAD: usize = 7;
 pub const VR_FRONTEND_LOAD_RESULT: usize = 11;
 /// Kinds of operations.
 pub const VR_FRONTEND_OP_GETATTR: u64 = 0;
 pub const VR_FRONTEND_OP_LOOKUP: u64 = 1;
 pub const VR_FRONTEND_OP_READ: u64 = 2;
+pub const VR_FRONTEND_OP_ABSENT: u64 = 3;
+pub const VR_FRONTEND_OP_OPEN: u64 = 4;
+pub const VR_FRONTEND_OP_FORGET: u64 = 5;
 /// Kinds of expected content.
 pub const VR_FRONTEND_EXPECT_ANYTHING: u64 = 0;
 pub const VR_FRONTEND_EXPECT_FILE: u64 = 1;
@@ -86,6 +89,9 @@ fn op(words: &[u64], targets: &[u64], pool: &Pool<'_>) -> Result<Op, Failure> {
         VR_FRONTEND_OP_GETATTR => Kind::Getattr,
         VR_FRONTEND_OP_LOOKUP => Kind::Lookup,
         VR_FRONTEND_OP_READ => Kind::Read,
+        VR_FRONTEND_OP_ABSENT => Kind::Absent,
+        VR_FRONTEND_OP_OPEN => Kind::Open,
+        VR_FRONTEND_OP_FORGET => Kind::Forget,
         _ => return Err(invalid("unknown operation")),
     };
     let mine = targets
@@ -108,13 +114,14 @@ fn op(words: &[u64], targets: &[u64], pool: &Pool<'_>) -> Result<Op, Failure> {
 /// `params`: depth, requests per queue (0 = no limit), duration in ms, 1 to spin, layout word, 1 for canaries, resting
 /// buffers, seed, stall time in ms, unused. `ops` and `targets` as in [`op`] and [`Pool::target`]; `pool` holds names
 /// and digests, `files` descriptors of files with expected content. `out`: elapsed ns, lost, wrong, kicks, kicks
-/// suppressed, interrupts; then for each operation and for all together: requests, errors, first errno, wrong, bytes,
-/// latencies in ns: mean, p50, p90, p99, p99.9, maximum.
+/// suppressed, interrupts, number of steps; then for each operation and for all together: requests, errors, first
+/// errno, wrong, bytes, latencies in ns: mean, p50, p90, p99, p99.9, maximum. `steps`: of all latencies together, pairs
+/// of a latency in ns and how many were above the one before it and not above this one.
 ///
 /// # Safety
 /// `h` is a live handle; the arrays have as many elements as told: `queues` `n_queues`, `params`
 /// VR_FRONTEND_LOAD_PARAMS, `ops` and `targets` as many words as their counts times their sizes, `pool` `pool_len`
-/// bytes, `files` `n_files` open descriptors; `out` has `n_out` writable elements.
+/// bytes, `files` `n_files` open descriptors; `out` and `steps` have `n_out` and `n_steps` writable elements.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vr_frontend_load(
     h: *mut c_void,
@@ -131,6 +138,8 @@ pub unsafe extern "C" fn vr_frontend_load(
     n_files: usize,
     out: *mut u64,
     n_out: usize,
+    steps: *mut u64,
+    n_steps: usize,
 ) -> i64 {
     guard(|| {
         // SAFETY: the caller's promises.
@@ -149,11 +158,12 @@ pub unsafe extern "C" fn vr_frontend_load(
             )
         };
         // SAFETY: the caller's promises.
-        let (pool, files, out) = unsafe {
+        let (pool, files, out, steps) = unsafe {
             (
                 input(pool, pool_len),
                 input(files, n_files),
                 output(out, n_out),
+                output(steps, n_steps),
             )
         };
         let &[
@@ -196,19 +206,30 @@ pub unsafe extern "C" fn vr_frontend_load(
             .map(|&q| kit.queue(u16::try_from(q).unwrap_or(u16::MAX)))
             .collect::<Result<Vec<_>, _>>()?;
         let outcome = run(&queues, &spec, &kit.stop)?;
-        let total = outcome.total();
-        let elapsed = outcome.elapsed.as_nanos() as u64;
-        let counts = [outcome.kicks, outcome.kicks_suppressed, outcome.interrupts];
-        let mut words = vec![elapsed, outcome.lost, total.wrong];
-        words.extend(counts);
-        outcome
-            .ops
-            .iter()
-            .chain([&total])
-            .for_each(|op| words.extend(numbers(op)));
+        let words = tell(&outcome, steps);
         fill(out, &words);
         Ok(words.len() as i64)
     })
+}
+
+/// What `vr_frontend_load` stores, the steps apart.
+pub(super) fn tell(outcome: &Outcome, steps: &mut [u64]) -> Vec<u64> {
+    let total = outcome.total();
+    let pairs: Vec<u64> = total.latency.steps().flat_map(|(ns, n)| [ns, n]).collect();
+    fill(steps, &pairs);
+    let n_steps = pairs.len().min(steps.len()) / 2;
+    let mut words = vec![
+        outcome.elapsed.as_nanos() as u64,
+        outcome.lost,
+        total.wrong,
+        outcome.kicks,
+        outcome.kicks_suppressed,
+        outcome.interrupts,
+        n_steps as u64,
+    ];
+    let each = outcome.ops.iter().chain([&total]);
+    each.for_each(|op| words.extend(numbers(op)));
+    words
 }
 
 fn numbers(op: &OpOutcome) -> [u64; VR_FRONTEND_LOAD_RESULT] {
