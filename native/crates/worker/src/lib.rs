@@ -23,8 +23,8 @@ mod queue;
 mod read;
 mod serve;
 mod spin;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod thread;
 
 use std::os::fd::RawFd;

@@ -155,7 +155,7 @@ impl Pool {
     }
 
     /// Whether reads wait, run, or have not been taken back.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn is_busy(&self) -> bool {
         let state = self.lock();
         !state.jobs.is_empty() || state.bytes > 0
