@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from virtiofsd_rafs.cli._api import fetch_json
+from virtiofsd_rafs.cli._api import FULL_STATUS, fetch_json
 from virtiofsd_rafs.errors import BackendError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Daemon(BackEnd):
         Raises:
             DaemonError: the daemon does not answer.
         """
-        return self._ask("/api/v1/status")
+        return self._ask(FULL_STATUS)
 
     def trace(self) -> dict[str, Any]:
         """What it fetched and who waited, as ``GET /api/v1/trace`` answers it.

@@ -148,7 +148,7 @@ def test_a_daemon_that_does_nothing() -> None:
 def test_watching_ends_when_the_daemon_does(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [status(), status(state="INIT")]
 
-    def look(_: object) -> dict[str, Any]:
+    def look(*_: object) -> dict[str, Any]:
         if not looks:
             raise Unreachable("gone")
         return looks.pop(0)

@@ -14,6 +14,9 @@ from virtiofsd_rafs.errors import BackendTimeout, BadReply, ConfigError, Unreach
 if TYPE_CHECKING:
     from pathlib import Path
 
+STATUS = "/api/v1/status"
+# With the memory of the processes and more fetches: for who does not ask often.
+FULL_STATUS = f"{STATUS}?full=1"
 _TIMEOUT_S = 30.0
 # A trace of full logs is a few megabytes.
 _MAX_BODY = 256 << 20
@@ -67,9 +70,7 @@ def fetch_body(api_socket: Path, path: str, *, timeout_s: float = _TIMEOUT_S) ->
     return body
 
 
-def fetch_json(
-    api_socket: Path, path: str = "/api/v1/status", *, timeout_s: float = _TIMEOUT_S
-) -> dict[str, Any]:
+def fetch_json(api_socket: Path, path: str = STATUS, *, timeout_s: float = _TIMEOUT_S) -> dict[str, Any]:
     """As :func:`fetch_body`, for an answer that is a JSON object."""
     body = fetch_body(api_socket, path, timeout_s=timeout_s)
     try:

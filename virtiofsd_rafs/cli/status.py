@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from virtiofsd_rafs.cli._api import fetch_json, which_socket
+from virtiofsd_rafs.cli._api import FULL_STATUS, fetch_json, which_socket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,10 +53,10 @@ def status(
 
 def _looks(api: Path, interval_s: float | None) -> Iterator[dict[str, Any]]:
     """The status, once or again and again."""
-    yield fetch_json(api)
+    yield fetch_json(api, FULL_STATUS)
     while interval_s is not None:
         time.sleep(interval_s)
-        yield fetch_json(api)
+        yield fetch_json(api, FULL_STATUS)
 
 
 def _show(found: dict[str, Any], *, as_json: bool, watch: bool) -> None:

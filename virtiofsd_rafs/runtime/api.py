@@ -42,15 +42,16 @@ def make_app(view: View) -> web.Application:
     async def daemon(_: web.Request) -> web.Response:
         return _json(view.daemon())
 
-    async def status(_: web.Request) -> web.Response:
-        nodes = view.nodes()
+    async def status(request: web.Request) -> web.Response:
+        full = request.query.get("full", "0") not in ("", "0")
+        nodes = view.status_nodes(full=full)
         if nodes:
             await asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)
-        return _json(view.status())
+        return _json(view.status(full=full))
 
     async def trace(_: web.Request) -> web.Response:
         loop = asyncio.get_running_loop()
-        nodes = view.nodes()
+        nodes = view.trace_nodes()
         if nodes:
             await loop.run_in_executor(None, view.name_nodes, nodes)
         gather = view.trace()

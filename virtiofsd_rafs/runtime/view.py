@@ -33,8 +33,9 @@ INIT = "INIT"
 READY = "READY"
 RUNNING = "RUNNING"
 
-# The status shows so many of the latest fetches; the trace has them all.
-_STATUS_FETCHES = 1024
+# The status shows so many of the latest fetches, and in full so many; the trace has them all.
+_STATUS_FETCHES = 64
+_FULL_FETCHES = 1024
 # The status shows so many of the chunks that are waited for, longest first.
 _STATUS_WAITS = 16
 
@@ -98,11 +99,17 @@ class View:
             }
         return info
 
-    def nodes(self) -> list[int]:
-        """Nodes that the status mentions and whose names are not known yet."""
+    def status_nodes(self, *, full: bool = False) -> list[int]:
+        """Nodes that :meth:`status` mentions and whose names are not known yet."""
+        seen = {record.nodeid for record in self._latest(full=full)}
+        seen.update(trace.nodeid for trace in self._stalls().slowest())
+        seen.update(wait.origin.nodeid for wait in self._waits())
+        return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
+
+    def trace_nodes(self) -> list[int]:
+        """Nodes that :meth:`trace` mentions and whose names are not known yet."""
         seen = {record.nodeid for record in self.metrics.log}
         seen.update(trace.nodeid for trace in self._stalls().log)
-        seen.update(wait.origin.nodeid for wait in self._waits())
         return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
 
     def name_nodes(self, nodeids: list[int]) -> None:
@@ -139,14 +146,16 @@ class View:
     def _waits(self) -> list[Wait]:
         return self._agent.planner.waits(_STATUS_WAITS) if self._agent is not None else []
 
-    def status(self) -> dict[str, Any]:
+    def status(self, *, full: bool = False) -> dict[str, Any]:
         """Everything: session, processes, queues, image, cache, traffic, log of fetches, longest stalls.
 
-        Times in ns are CLOCK_MONOTONIC, as is ``now_ns``.
+        Times in ns are CLOCK_MONOTONIC, as is ``now_ns``. *full* adds what takes long: the memory of the
+        processes, which the kernel counts page by page, and many more fetches.
         """
         status = self._session.status()
-        for process in status.get("processes", {}).values():
-            process["pss_kib"] = _pss_kib(process.get("pid", 0))
+        if full:
+            for process in status.get("processes", {}).values():
+                process["pss_kib"] = _pss_kib(process.get("pid", 0))
         status |= {
             "id": str(self._config.socket_path or self._config.api_socket),
             "version": __version__,
@@ -154,7 +163,7 @@ class View:
             "now_ns": time.monotonic_ns(),
             "image": self._image(),
             "agent": self._agent_status(),
-            "fetch_log": self._fetch_log(),
+            "fetch_log": [self._fetch(record) for record in self._latest(full=full)],
             "stalls": self._stall_report(),
             "waiting": [self._wait(wait) for wait in self._waits()],
         }
@@ -272,9 +281,10 @@ class View:
             "doing": wait.doing,
         }
 
-    def _fetch_log(self) -> list[dict[str, Any]]:
-        latest = islice(self.metrics.log, max(0, len(self.metrics.log) - _STATUS_FETCHES), None)
-        return [self._fetch(record) for record in latest]
+    def _latest(self, *, full: bool) -> list[FetchRecord]:
+        n = _FULL_FETCHES if full else _STATUS_FETCHES
+        # From the end: a deque is slow in its middle.
+        return list(islice(reversed(self.metrics.log), n))[::-1]
 
     def _stall_report(self) -> dict[str, Any]:
         if self._agent is None:
