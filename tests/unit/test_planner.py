@@ -525,6 +525,29 @@ def test_what_is_left_to_others_is_looked_at_together() -> None:
     assert len(looks) < 30
 
 
+def test_looks_that_find_nothing_are_all_that_there_is_to_do() -> None:
+    blob = Blob(TEN, hinted_set={1, 2, 3})
+    p = planner(blob, amplify=0)
+    post(p, 1, 2)
+    assert ranges(p, 0.0) == []
+    assert not p.nothing_came(0.005)  # not yet the time to look
+    assert p.nothing_came(0.01)
+    first = p.next_event()
+    assert first is not None
+    assert first > 0.01
+    blob.ready_set.add(2)
+    assert not p.nothing_came(first)
+    assert ranges(p, first) == []
+    assert p.take_found_ready()
+    assert (p.waiting, [wait.doing for wait in p.waits(9)]) == (1, ["left to another daemon"])
+    # Whatever else is to be done is not forgotten.
+    post(p, 7)
+    second = p.next_event()
+    assert second is not None
+    assert not p.nothing_came(second + 1)
+    assert (7,) in ranges(p, second + 1)
+
+
 def test_neither_read_ahead_nor_neighbours_take_what_another_daemon_fetches() -> None:
     p = planner(Blob(TEN, hinted_set={4, 7}))
     post(p, 3, 4, 6)

@@ -410,10 +410,12 @@ def test_chunk_information_can_come_from_the_blob(fixture_image: tuple[bytes, by
 def test_touched_chunks_are_counted(image: MadeImage, cache: Path) -> None:
     with open_store(image, cache) as store:
         assert store.touched_counts(0) == (0, 0, 0)
+        assert store.n_touched(0) == 0
         _, _, touched, _ = fds = store.share(0)
         os.pwrite(touched, b"\1\2", 2)  # as a worker does
         assert bytes(store.touched(0)) == bytes([0, 0, 1, 2]) + bytes(len(image.chunks) - 4)
         two = image.chunks[2:4]
+        assert store.n_touched(0) == store.touched_counts(0).n_chunks > 0
         assert store.touched_counts(0) == (
             2,
             sum(chunk.compressed_size for chunk in two),

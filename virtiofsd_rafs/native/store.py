@@ -315,6 +315,11 @@ class Store:
             view = self._touched[index] = self._array(index, lib.VR_STORE_TOUCHED, "B").toreadonly()
         return view
 
+    def n_touched(self, index: int) -> int:
+        """How many chunks reads were answered from. Quick, also for millions of them."""
+        touched = bytes(self.touched(index))
+        return len(touched) - touched.count(0)
+
     def touched_counts(self, index: int) -> TouchedCounts:
         """How many chunks, and how many of their bytes, reads were answered from."""
         touched, view = self.touched(index), self.chunks(index)

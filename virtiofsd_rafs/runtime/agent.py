@@ -138,6 +138,7 @@ class Agent:
         self._pool: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._suspects: dict[Key, tuple[float, int]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -226,17 +227,32 @@ class Agent:
             self._spawn(self._fetch(fetch))
         if self.planner.take_found_ready():
             self._session.wake()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        event = self.planner.next_event()
-        if event is not None:
-            self._timer = self._loop.call_later(max(0.0, event - now), self._pump)
+        self._set_timer(now)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
         if not self._tasks and self._pool is not None:
             self._idle_timer = self._loop.call_later(IDLE_S, self._relax)
+
+    def _set_timer(self, now: float) -> None:
+        """Wakes us when the planner has something to do without a new event."""
+        event = self.planner.next_event()
+        if self._timer is not None:
+            if event == self._timer_at:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if event is not None and self._loop is not None:
+            self._timer_at = event
+            self._timer = self._loop.call_later(max(0.0, event - now), self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        if self.planner.nothing_came(now):
+            self._set_timer(now)
+        else:
+            self._pump()
 
     def _relax(self) -> None:
         """Gives back what only a busy agent needs."""

@@ -1,17 +1,17 @@
 """Decides what is fetched next. No I/O and no clock: time is an argument, results are told to it.
 
 Chunks that somebody waits for (posts) become *wants*. A want is in exactly one place: in the queue, in the
-heap of those that back off, in a fetch, or with a verification of stored bytes. A fetch is one range of one
-blob: a wanted chunk, wanted neighbours, and, while connections are free, the absent chunks that follow it in
-the blob (read-ahead, in a window that grows while somebody reads on). A chunk is in at most one fetch,
-however many posts ask for it.
+heap of those that back off, in a fetch, with a verification of stored bytes, or left to another daemon. A
+fetch is one range of one blob: a wanted chunk, wanted neighbours, and, while connections are free, the absent
+chunks that follow it in the blob (read-ahead, in a window that grows while somebody reads on). A chunk is in
+at most one fetch, however many posts ask for it.
 
 While nobody waits, or the link has room beside those who do, lists are prefetched and the image is filled
 (:mod:`~virtiofsd_rafs.runtime.background`). Who then wants such a chunk joins its fetch.
 
 Daemons that share a cache directory see which chunks the others fetch. A want for such a chunk is left to
-them for up to a second, and looked at again and again meanwhile. Then it is fetched here as well, and nothing
-is left to others for a while: the other daemon may be dead, or slow.
+them for up to a second, and looked at again and again meanwhile (:mod:`~virtiofsd_rafs.runtime.left`). Then
+it is fetched here as well, and nothing is left to others for a while: the other daemon may be dead, or slow.
 
 A failed fetch puts its wants back, later and alone or with other wants, never with read-ahead: a bad
 neighbour must not harm them twice. What was only read ahead is forgotten. A want whose deadline has passed is
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from virtiofsd_rafs.runtime.background import BACKGROUND_MIN, Background, Load
 from virtiofsd_rafs.runtime.layout import Layout
+from virtiofsd_rafs.runtime.left import Left
 from virtiofsd_rafs.runtime.link import Link
 from virtiofsd_rafs.runtime.readahead import ReadAhead
 from virtiofsd_rafs.runtime.wants import Counters, Fetch, Origin, Posted, Wait, Want
@@ -48,12 +49,6 @@ HOPELESS_FACTOR = 4.0
 # The last try for a request is made when this is left of its deadline, in seconds or as a part of it.
 LAST_TRY_S = 1.0
 LAST_TRY = 1 / 12
-# For so long a chunk is left to another daemon that says that it is fetching it. It is looked at first after
-# the smaller of these pauses, then after half the time that has passed, at most after the larger.
-LEFT_S = 1.0
-LEFT_LOOK_S = (0.01, 0.1)
-# After one that did not come, for so long nothing is left to others.
-LEFT_MISTRUST_S = 30.0
 # What one fetch may turn into when it is decoded, as a multiple of ``amplify``: an image whose chunks shrink
 # a thousandfold must not make a small read decode gigabytes.
 MAX_EXPANSION = 8
@@ -127,8 +122,7 @@ class Planner:
         self._demanding = 0  # fetches that somebody waits for
         self._last_demand = float("-inf")
         self._found_ready = False
-        self._mistrust_until = float("-inf")
-        self._next_look = float("-inf")
+        self._left = Left(blobs)
         self.counters = Counters()
 
     # -- what happens ---------------------------------------------------------------------------------------
@@ -144,7 +138,9 @@ class Planner:
             return Posted.READY
         taken = now if since is None else min(now, max(since, now - self._io_deadline_s))
         deadline = taken + self._io_deadline_s
-        waiting = self._queue.get(key) or self._delayed.get(key) or self._verifying.get(key)
+        waiting = (
+            self._queue.get(key) or self._left.get(key) or self._delayed.get(key) or self._verifying.get(key)
+        )
         if waiting is not None:
             waiting.wait(deadline)
             return Posted.JOINED
@@ -243,23 +239,8 @@ class Planner:
             self.counters.expired += 1
             return
         self.counters.retries += 1
-        self._delay(want, at)
-
-    def _delay(self, want: Want, at: float) -> None:
-        """Puts *want* aside until *at*."""
         self._delayed[want.key] = want
         heapq.heappush(self._delayed_heap, (at, next(self._sequence), want.key))
-
-    def _leave(self, want: Want, now: float) -> bool:
-        """Whether another daemon fetches what is wanted here, and it is too early to mistrust that."""
-        if want.attempts or now < self._mistrust_until or not self._blobs[want.key[0]].hinted(want.key[1]):
-            return False
-        if want.left_since is None:
-            want.left_since = now
-        if now - want.left_since >= LEFT_S:
-            self._mistrust_until = now + LEFT_MISTRUST_S
-            return False
-        return True
 
     def _came_from_another(self, key: Key) -> None:
         """What was left to another daemon is there."""
@@ -267,14 +248,6 @@ class Planner:
         layout = self._layout(key[0])
         offset = layout.chunks.offsets[key[1]]
         self._read_ahead.followed(layout, key[0], offset, offset + layout.chunks.lengths[key[1]])
-
-    def _look_at(self, want: Want, now: float) -> float:
-        """When a want that is left to another daemon is looked at again: many at once, where that will do."""
-        waited = 0.0 if want.left_since is None else now - want.left_since
-        latest = now + min(max(waited / 2, LEFT_LOOK_S[0]), LEFT_LOOK_S[1])
-        if not now < self._next_look <= latest:
-            self._next_look = latest
-        return self._next_look
 
     # -- what to do -----------------------------------------------------------------------------------------
 
@@ -288,6 +261,7 @@ class Planner:
         while self._delayed_heap and self._delayed_heap[0][0] <= now:
             _, _, key = heapq.heappop(self._delayed_heap)
             self._queue[key] = self._delayed.pop(key)
+        self._look(now)
         if now < self._paused_until:
             return []
         fetches = []
@@ -300,13 +274,27 @@ class Planner:
                 self._found_ready = True  # another daemon was quicker
                 if want.left_since is not None:
                     self._came_from_another(key)
-            elif self._leave(want, now):
-                self._delay(want, self._look_at(want, now))
+            elif self._left.may_take(want, now):
+                self._left.put(want, now)
             else:
                 fetches.append(self._plan(want, now))
         if not self._queue:
             self._plan_background(fetches, now)
         return fetches
+
+    def nothing_came(self, now: float) -> bool:
+        """Whether all that is to be done now was a look at what others fetch, and nothing of it is there.
+
+        A cheap answer to most of the events that :meth:`next_event` foretells while many daemons read.
+        """
+        other = self._queue or self.background or (self._delayed_heap and self._delayed_heap[0][0] <= now)
+        return not other and self._left.next_look <= now and not self._look(now)
+
+    def _look(self, now: float) -> bool:
+        """Queues what was left to others and is so no longer; whether there is any."""
+        back = self._left.look(now)
+        self._queue.update((want.key, want) for want in back)
+        return bool(back)
 
     def _plan_background(self, fetches: list[Fetch], now: float) -> None:
         """Adds to *fetches* what the link can carry beside what somebody waits for."""
@@ -325,7 +313,7 @@ class Planner:
         return Load(
             free=self._connections - len(self._fetches),
             n_bytes=self._bytes_in_flight,
-            demand=self._demanding > 0 or bool(self._queue or self._delayed or self._verifying),
+            demand=self._demanding > 0 or bool(self._queue or self._left or self._delayed or self._verifying),
             last_demand=self._last_demand,
         )
 
@@ -336,11 +324,13 @@ class Planner:
 
     def next_event(self) -> float | None:
         """When :meth:`next_fetches` has something to do without a new event; None: never."""
-        if self._queue:
-            if len(self._fetches) < self._connections:
-                return self._paused_until
-            return self._delayed_heap[0][0] if self._delayed_heap else None
+        if self._queue and len(self._fetches) < self._connections:
+            return self._paused_until
         events = [self._delayed_heap[0][0]] if self._delayed_heap else []
+        if self._left:
+            events.append(self._left.next_look)
+        if self._queue:
+            return min(events, default=None)
         background = self.background.next_event(self._load())
         if background is not None:
             events.append(background)
@@ -365,13 +355,14 @@ class Planner:
     def waiting(self) -> int:
         """Chunks that somebody waits for."""
         fetching = sum(len(fetch.wants) for fetch in self._fetches.values())
-        return len(self._queue) + len(self._delayed) + len(self._verifying) + fetching
+        return len(self._queue) + len(self._left) + len(self._delayed) + len(self._verifying) + fetching
 
     def waits(self, limit: int) -> list[Wait]:
         """What is waited for now, longest first, at most *limit*."""
         groups = (
             *((fetch.wants.values(), "fetching") for fetch in self._fetches.values()),
             (self._queue.values(), "queued"),
+            (self._left.wants, "left to another daemon"),
             (self._delayed.values(), "backing off"),
             (self._verifying.values(), "verifying"),
         )
@@ -473,7 +464,7 @@ class Planner:
     def _take(self, blob: int, chunk: int, wants: dict[int, Want], now: float) -> bool:
         """Moves the want for *chunk* from the queue into *wants*, if there is one that may have company."""
         want = self._queue.get((blob, chunk))
-        if want is None or want.alone or self._blobs[blob].ready(chunk) or self._leave(want, now):
+        if want is None or want.alone or self._blobs[blob].ready(chunk) or self._left.may_take(want, now):
             return False
         del self._queue[blob, chunk]
         wants[chunk] = want
@@ -482,7 +473,8 @@ class Planner:
     def _absent(self, blob: int, chunk: int) -> bool:
         """Whether nothing is stored of *chunk* and nobody is busy with it."""
         key = (blob, chunk)
-        if key in self._fetching or key in self._queue or key in self._delayed or key in self._verifying:
+        busy = (self._fetching, self._queue, self._left, self._delayed, self._verifying)
+        if any(key in place for place in busy):
             return False
         chunks = self._blobs[blob]
         return not chunks.ready(chunk) and not chunks.unverified(chunk)

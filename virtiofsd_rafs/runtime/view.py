@@ -36,6 +36,8 @@ RUNNING = "RUNNING"
 # The status shows so many of the latest fetches, and in full so many; the trace has them all.
 _STATUS_FETCHES = 64
 _FULL_FETCHES = 1024
+# So many of the longest stalls; in full all that are kept.
+_STATUS_STALLS = 16
 # The status shows so many of the chunks that are waited for, longest first.
 _STATUS_WAITS = 16
 
@@ -102,7 +104,7 @@ class View:
     def status_nodes(self, *, full: bool = False) -> list[int]:
         """Nodes that :meth:`status` mentions and whose names are not known yet."""
         seen = {record.nodeid for record in self._latest(full=full)}
-        seen.update(trace.nodeid for trace in self._stalls().slowest())
+        seen.update(trace.nodeid for trace in self._slowest(full=full))
         seen.update(wait.origin.nodeid for wait in self._waits())
         return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
 
@@ -164,7 +166,7 @@ class View:
             "image": self._image(),
             "agent": self._agent_status(),
             "fetch_log": [self._fetch(record) for record in self._latest(full=full)],
-            "stalls": self._stall_report(),
+            "stalls": self._stall_report(full=full),
             "waiting": [self._wait(wait) for wait in self._waits()],
         }
         return status
@@ -286,14 +288,17 @@ class View:
         # From the end: a deque is slow in its middle.
         return list(islice(reversed(self.metrics.log), n))[::-1]
 
-    def _stall_report(self) -> dict[str, Any]:
+    def _slowest(self, *, full: bool) -> list[Trace]:
+        return self._stalls().slowest()[: None if full else _STATUS_STALLS]
+
+    def _stall_report(self, *, full: bool) -> dict[str, Any]:
         if self._agent is None:
             return {"count": 0, "total_ns": 0, "slowest": []}
         stalls = self._stalls()
         return {
             "count": stalls.count,
             "total_ns": stalls.total_ns,
-            "slowest": [self._stall(trace) for trace in stalls.slowest()],
+            "slowest": [self._stall(trace) for trace in self._slowest(full=full)],
         }
 
     def prometheus(self, loop_lag_s: float = 0.0) -> str:
@@ -348,7 +353,7 @@ class View:
         for index in self._mounted.blob_ids:
             for state, n in store.states(index)._asdict().items():
                 totals[state] = totals.get(state, 0) + n
-        touched = sum(store.touched_counts(index).n_chunks for index in self._mounted.blob_ids)
+        touched = sum(store.n_touched(index) for index in self._mounted.blob_ids)
         samples.append(Sample("cache_chunks_touched", touched))
         samples += [Sample("cache_chunks", n, (("state", state),)) for state, n in totals.items()]
         for place in self.renewal.report():

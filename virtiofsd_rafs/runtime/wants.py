@@ -132,4 +132,4 @@ class Wait(NamedTuple):
     attempts: int
     """Tries that have failed."""
     doing: str
-    """"fetching", "queued", "backing off", "verifying"."""
+    """"fetching", "queued", "left to another daemon", "backing off", "verifying"."""
