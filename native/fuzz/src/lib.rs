@@ -8,9 +8,13 @@
 pub mod blob_meta;
 pub mod bootstrap;
 pub mod decode;
+pub mod fuse;
+pub mod guest;
 pub mod image;
 pub mod input;
+pub mod ring;
 pub mod toc;
+pub mod world;
 
 /// What can be fuzzed.
 pub struct Target {
@@ -32,7 +36,7 @@ macro_rules! targets {
 }
 
 /// All targets.
-pub const TARGETS: &[Target] = targets![blob_meta, bootstrap, decode, toc];
+pub const TARGETS: &[Target] = targets![blob_meta, bootstrap, decode, fuse, ring, toc];
 
 #[cfg(test)]
 mod tests;

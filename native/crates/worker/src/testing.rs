@@ -11,10 +11,12 @@ use session::Shared;
 use virtq::testing::{Driver, Guest, NEXT, WRITE, memfd};
 
 use crate::channel::{self, Answer, Command, Op, RingWords};
-use crate::mount::{BlobFds, Mount, MountFds};
-use crate::pool::Pool;
-use crate::thread::RingThread;
+use crate::mount::{BlobFds, MountFds};
 use crate::{RingSetup, Setup};
+
+pub use crate::mount::Mount;
+pub use crate::pool::Pool;
+pub use crate::thread::RingThread;
 
 #[path = "../../rafs-format/tests/support/mod.rs"]
 pub mod image;
@@ -328,6 +330,117 @@ impl Bench {
     pub fn answer(&self, queue: u64, head: u16, len: usize) -> Vec<u8> {
         let place = PLACES + PLACE * (1024 * queue + u64::from(head) / 2) + 0x1000;
         self.guest.read(place + 16, len)
+    }
+}
+
+/// A ring thread that can be ended and started anew for ever: what a process leaks once, a fuzzer must not leak.
+pub struct Worker {
+    thread: Option<RingThread>,
+    /// Borrowed by the thread as long as it lives.
+    setup: *mut Setup,
+    pool: &'static Pool,
+}
+
+impl Worker {
+    /// A worker for the rings of `bench`, with the memory that is there.
+    pub fn start(bench: &Bench, rings: Vec<RingSetup>) -> Worker {
+        let mut worker = Worker {
+            thread: None,
+            setup: std::ptr::null_mut(),
+            pool: leak(Pool::new(1)),
+        };
+        worker.restart(bench, rings);
+        worker
+    }
+
+    /// The worker dies where it is, and another one takes over.
+    pub fn restart(&mut self, bench: &Bench, rings: Vec<RingSetup>) {
+        self.end();
+        let setup = Box::new(Setup {
+            shared: bench.shared,
+            regions: bench
+                .guest
+                .regions()
+                .map(|(spec, file)| (spec, file.as_raw_fd()))
+                .collect(),
+            away: virtq::Away::default(),
+            rings,
+            mount: MountFds::default(),
+            channels: vec![bench.theirs],
+            wakes: vec![bench.wake],
+            post: bench.post,
+        });
+        self.setup = Box::into_raw(setup);
+        // SAFETY: freed by `end` alone, after the thread that borrows it.
+        let setup: &'static Setup = unsafe { &*self.setup };
+        self.thread = Some(RingThread::new(0, setup, bench.mount, self.pool).unwrap());
+    }
+
+    fn end(&mut self) {
+        if self.thread.take().is_some() {
+            // Results of the dead one's reads must not meet the tickets of its successor.
+            while self.pool.is_busy() {
+                self.pool.take_finished(0);
+                std::thread::yield_now();
+            }
+            // SAFETY: made by `restart`, and its only borrower is gone.
+            drop(unsafe { Box::from_raw(self.setup) });
+        }
+    }
+
+    pub fn thread(&mut self) -> &mut RingThread {
+        self.thread.as_mut().expect("a thread")
+    }
+
+    /// Serves until there is nothing more to do, disk reads included. Panics when that never comes.
+    pub fn turn(&mut self) {
+        loop {
+            let thread = self.thread.as_mut().expect("a thread");
+            thread.finish_pool();
+            let mut left = 10_000;
+            while thread.unpark() || thread.round() {
+                left -= 1;
+                assert!(left > 0, "the thread finds no end");
+            }
+            if !self.pool.is_busy() {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Answers a request from metadata; the errno when that fails.
+pub fn answer(
+    tree: &rafs_format::Tree<'_>,
+    opcode: u32,
+    nodeid: u64,
+    args: &[u8],
+    room: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), i32> {
+    crate::ops::answer(tree, opcode, nodeid, args, room, out).map_err(|errno| errno.0)
+}
+
+/// Reads by `tree`, which need not be that of `mount`, into `chain`: how many bytes were copied, if the chunks are there.
+pub fn read(
+    mount: &Mount,
+    tree: &rafs_format::Tree<'_>,
+    nodeid: u64,
+    args: &[u8],
+    chain: &virtq::Chain,
+) -> Result<Option<usize>, i32> {
+    let mut reader = crate::read::Reader::default();
+    match reader.read(mount, tree, nodeid, args, chain, 16) {
+        Ok(crate::read::ReadOutcome::Copied(n)) => Ok(Some(n)),
+        Ok(_) => Ok(None),
+        Err(errno) => Err(errno.0),
     }
 }
 
