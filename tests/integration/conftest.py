@@ -152,19 +152,35 @@ def run_daemon(
     *options: str,
     host: str | None = None,
     program: Path = PROGRAM,
+    name: str = "app:1",
 ) -> Iterator[Daemon]:
-    """A daemon of the image ``app:1`` in *sim*; fails when it leaves a process behind.
+    """A daemon of the image *name* in *sim*; fails when it leaves a process behind.
 
     *host* is another name of *sim*, *program* what to run instead of the daemon itself.
     """
     arguments = ["--plain-http", "--cache-dir", str(folder / "cache"), "--log-level", "debug", *options]
-    image = f"{host or sim.host}/app:1"
+    image = f"{host or sim.host}/{name}"
     with Daemon(image, folder, folder / "log", arguments, program=program) as daemon:
         daemon.wait_ready()
         yield daemon
         pids = children(daemon.process.pid)
         daemon.stop()
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)]
+
+
+@contextmanager
+def serving(
+    registry: Registry, image: MadeImage, folder: Path, *options: str, name: str = "app:1"
+) -> Iterator[Served]:
+    """A daemon on *image*, called *name* in a real registry, and a VM that has read nothing yet."""
+    folder.mkdir(exist_ok=True)
+    with (
+        run_daemon(registry, folder, *options, name=name) as daemon,
+        Frontend.connect(daemon.socket) as fe,
+    ):
+        fe.start()
+        fe.init()
+        yield Served(daemon, Session.attach(daemon.process.pid), image, registry, fe)
 
 
 def children(pid: int) -> list[int]:

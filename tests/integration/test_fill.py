@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from guest.registry import Registry
-from tests.integration.conftest import Served, children, kill, run_daemon
+from tests.integration.conftest import Served, children, kill, serving
 from virtiofsd_rafs.image.push import push_image
-from virtiofsd_rafs.native.frontend import Frontend
-from virtiofsd_rafs.native.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,15 +29,6 @@ def registry(tool: Callable[[str], str], tmp_path: Path, made_image: MadeImage) 
     with Registry(tmp_path / "registry") as running:
         asyncio.run(push_image(made_image.out, f"{running.host}/app:1", plain_http=True))
         yield running
-
-
-@contextmanager
-def serving(registry: Registry, image: MadeImage, folder: Path, *options: str) -> Iterator[Served]:
-    """A daemon, and a VM that has read nothing yet."""
-    with run_daemon(registry, folder, *options) as daemon, Frontend.connect(daemon.socket) as fe:
-        fe.start()
-        fe.init()
-        yield Served(daemon, Session.attach(daemon.process.pid), image, registry, fe)
 
 
 def first_start(daemon: Daemon) -> dict[str, Any]:
