@@ -184,7 +184,8 @@ pub fn send_packet(socket: RawFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()>
     }
 }
 
-/// Receives one packet without blocking: its length (0 = the peer is gone) and descriptors. `None`: nothing there.
+/// Receives one packet without blocking: its length (0 = the peer is gone) and descriptors. `None`: nothing there. The
+/// length is that of the packet, also where `buf` is shorter and has its beginning only.
 pub fn receive_packet(socket: RawFd, buf: &mut [u8]) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
     let mut iov = libc::iovec {
         iov_base: buf.as_mut_ptr().cast(),
@@ -203,7 +204,7 @@ pub fn receive_packet(socket: RawFd, buf: &mut [u8]) -> io::Result<Option<(usize
             libc::recvmsg(
                 socket,
                 &mut msg,
-                libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
+                libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | libc::MSG_TRUNC,
             )
         };
         if n >= 0 {
@@ -338,6 +339,10 @@ mod tests {
         assert_eq!((got.op, got.queue, got.args), (command.op, 3, command.args));
         assert_eq!(RingWords::unpack(got.args[3]), words);
         assert_eq!(fds.len(), 1);
+        send_packet(a.as_raw_fd(), &[9; COMMAND_LEN + 1], &[]).unwrap();
+        assert!(receive_command(b.as_raw_fd()).is_err(), "longer than any");
+        send_packet(a.as_raw_fd(), &[0; ANSWER_LEN + 1], &[]).unwrap();
+        assert_eq!(receive_answer(b.as_raw_fd(), 0), None);
         drop((a, fds));
         assert!(matches!(
             receive_command(b.as_raw_fd()).unwrap(),
