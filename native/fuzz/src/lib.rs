@@ -7,12 +7,17 @@
 
 pub mod blob_meta;
 pub mod bootstrap;
+pub mod chain;
+pub mod channel;
 pub mod decode;
+pub mod device;
 pub mod fuse;
 pub mod guest;
 pub mod image;
 pub mod input;
 pub mod ring;
+pub mod shared;
+pub mod tables;
 pub mod toc;
 pub mod world;
 
@@ -36,7 +41,9 @@ macro_rules! targets {
 }
 
 /// All targets.
-pub const TARGETS: &[Target] = targets![blob_meta, bootstrap, decode, fuse, ring, toc];
+pub const TARGETS: &[Target] = targets![
+    blob_meta, bootstrap, chain, channel, decode, device, fuse, ring, shared, tables, toc,
+];
 
 #[cfg(test)]
 mod tests;

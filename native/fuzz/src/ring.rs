@@ -93,7 +93,8 @@ fn length(input: &mut Input<'_>) -> u32 {
     }
 }
 
-fn any_descriptor(input: &mut Input<'_>, size: u16) -> [u8; 16] {
+/// A descriptor of any kind, for a table of `size` entries.
+pub fn any_descriptor(input: &mut Input<'_>, size: u16) -> [u8; 16] {
     let flags = match input.u8() % 8 {
         0 | 1 => NEXT,
         2 => 0,

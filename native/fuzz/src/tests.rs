@@ -58,7 +58,9 @@ macro_rules! smoke_tests {
     };
 }
 
-smoke_tests![blob_meta, bootstrap, decode, fuse, ring, toc];
+smoke_tests![
+    blob_meta, bootstrap, chain, channel, decode, device, fuse, ring, shared, tables, toc,
+];
 
 #[test]
 fn every_target_is_smoked_and_every_regression_has_a_target() {

@@ -52,6 +52,12 @@ impl Device {
         }
     }
 
+    /// Number of memory regions.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn regions(&self) -> usize {
+        self.regions.len()
+    }
+
     fn event_idx(&self) -> bool {
         self.acked_features & VIRTIO_RING_F_EVENT_IDX != 0
     }

@@ -48,7 +48,7 @@ impl Keeper {
         }
     }
 
-    fn take_connection(&mut self, stream: UnixStream) -> io::Result<()> {
+    pub(crate) fn take_connection(&mut self, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(false)?;
         let fd = stream.as_raw_fd();
         let handler = BackendReqHandler::from_stream(stream, self.device.clone());

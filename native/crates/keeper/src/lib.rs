@@ -16,6 +16,8 @@ mod mount_table;
 pub mod process;
 mod ring;
 mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod worker_slot;
 
 use std::io;

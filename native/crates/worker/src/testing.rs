@@ -392,6 +392,11 @@ impl Worker {
         self.thread.as_mut().expect("a thread")
     }
 
+    /// Carries out the commands that wait, as the loop of a thread does.
+    pub fn commands(&mut self) -> std::io::Result<bool> {
+        self.thread().commands()
+    }
+
     /// Serves until there is nothing more to do, disk reads included. Panics when that never comes.
     pub fn turn(&mut self) {
         loop {
