@@ -11,8 +11,11 @@ use crate::port::{Port, Wait};
 use crate::queue::Queue;
 use crate::spec::{OpOutcome, Outcome};
 
-/// `DT_DIR` (readdir(3)).
-const DIRECTORY: u32 = 4;
+/// Type of a file in its mode, and that of a directory (inode(7)).
+const FILE_TYPE: u32 = 0o170_000;
+const DIRECTORY: u32 = 0o040_000;
+/// Where the mode is in `struct fuse_entry_out`.
+const MODE: usize = 100;
 /// Size of `struct fuse_dirent` without the name.
 const DIRENT: usize = 24;
 
@@ -304,7 +307,7 @@ impl<'a> Walk<'a> {
             if entry.node == 0 {
                 // Names without a node would cost a guest a LOOKUP each: no walk by READDIRPLUS.
                 self.requests.wrong += 1;
-            } else if entry.kind == DIRECTORY {
+            } else if entry.mode & FILE_TYPE == DIRECTORY {
                 self.todo.push_back(Step::Open { node: entry.node });
             }
         }
@@ -327,7 +330,7 @@ impl<'a> Walk<'a> {
 struct Entry<'a> {
     node: u64,
     offset: u64,
-    kind: u32,
+    mode: u32,
     name: &'a [u8],
 }
 
@@ -339,7 +342,7 @@ fn split_entry(b: &[u8]) -> Option<(Entry<'_>, &[u8])> {
     };
     let at = fuse::ENTRY_OUT;
     let (node, offset, lens) = (word(0)?, word(at + 8)?, word(at + 16)?);
-    let (name_len, kind) = ((lens & 0xffff_ffff) as usize, (lens >> 32) as u32);
+    let (name_len, mode) = ((lens & 0xffff_ffff) as usize, word(MODE)? as u32);
     let name = b.get(at + DIRENT..)?.get(..name_len)?;
     if name_len == 0 {
         return None;
@@ -347,7 +350,7 @@ fn split_entry(b: &[u8]) -> Option<(Entry<'_>, &[u8])> {
     let entry = Entry {
         node,
         offset,
-        kind,
+        mode,
         name,
     };
     let whole = (at + DIRENT + name_len).next_multiple_of(8);

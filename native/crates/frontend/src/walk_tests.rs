@@ -24,9 +24,10 @@ fn options() -> Options {
 fn entry(node: u64, offset: u64, kind: u32, name: &str) -> Vec<u8> {
     let mut b = node.to_le_bytes().to_vec();
     b.resize(fuse::ENTRY_OUT + 8, 0);
+    b[MODE..MODE + 4].copy_from_slice(&(kind << 12).to_le_bytes());
     b.extend(offset.to_le_bytes());
     b.extend((name.len() as u32).to_le_bytes());
-    b.extend(kind.to_le_bytes());
+    b.extend(kind.to_le_bytes()); // DT_*: the type in a mode, shifted
     b.extend(name.as_bytes());
     b.resize(b.len().next_multiple_of(8), 0);
     b
