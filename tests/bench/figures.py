@@ -82,8 +82,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path | None, results: object) -> None:
-    """Writes *results* with the machine and the command line to *path*, if one was given."""
+def write_json(path: Path | None, results: object, on: dict[str, Any] | None = None) -> None:
+    """Writes *results* with the command's name and line and the machine to *path*, if one was given.
+
+    *on* is what :func:`machine` said, if this process has changed since, by its own affinity for example.
+    """
     if path is not None:
-        document = {"machine": machine(), "arguments": sys.argv[1:], "results": results}
+        context = click.get_current_context(silent=True)
+        document = {
+            "benchmark": context.command.name if context is not None else None,
+            "machine": on or machine(),
+            "arguments": sys.argv[1:],
+            "results": results,
+        }
         path.write_text(json.dumps(document, indent=1) + "\n")

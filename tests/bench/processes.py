@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 import attrs
@@ -11,14 +12,39 @@ import attrs
 
 @attrs.frozen
 class Usage:
-    """What processes have used so far."""
+    """What processes have used so far, or between two looks.
 
-    cpu_ns: int
-    wakeups: int
-    """Voluntary context switches: how often a thread went to sleep."""
+    A process or thread that has ended meanwhile counts as nothing, except that the processor time of a
+    process includes that of its threads that have ended.
+    """
+
+    cpu: dict[int, int]
+    """Nanoseconds of processor time by process."""
+    sleeps: dict[int, int]
+    """Voluntary context switches by thread."""
+    disk: dict[int, int]
+    """Bytes read from storage by process."""
+
+    @property
+    def cpu_ns(self) -> int:
+        return sum(self.cpu.values())
+
+    @property
+    def wakeups(self) -> int:
+        """How often a thread went to sleep."""
+        return sum(self.sleeps.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.disk.values())
 
     def __sub__(self, other: Usage) -> Usage:
-        return Usage(self.cpu_ns - other.cpu_ns, self.wakeups - other.wakeups)
+        def since(now: dict[int, int], before: dict[int, int]) -> dict[int, int]:
+            return {key: n - before.get(key, 0) for key, n in now.items()}
+
+        return Usage(
+            since(self.cpu, other.cpu), since(self.sleeps, other.sleeps), since(self.disk, other.disk)
+        )
 
 
 @attrs.frozen
@@ -54,16 +80,27 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def _cpu_clock(pid: int) -> int:
+    """The clock of a process's processor time, as clock_getcpuclockid(3) makes it (CPUCLOCK_SCHED)."""
+    return (~pid << 3) | 2
+
+
 def usage(pid: int) -> Usage:
-    """Processor time and sleeps of all threads of *pid* and its descendants (task/*/schedstat and status)."""
-    cpu_ns = wakeups = 0
+    """Of *pid* and its descendants (CPU clocks, ``/proc/PID/io`` and ``task/*/status``)."""
+    found = Usage({}, {}, {})
     for member in family(pid):
+        with contextlib.suppress(OSError):
+            found.cpu[member] = time.clock_gettime_ns(_cpu_clock(member))
+        with contextlib.suppress(OSError):
+            io = Path(f"/proc/{member}/io").read_text()
+            found.disk[member] = int(io.partition("\nread_bytes:")[2].split()[0])
         for task in Path(f"/proc/{member}/task").glob("*"):
             with contextlib.suppress(OSError):
-                cpu_ns += int((task / "schedstat").read_text().split()[0])
                 status = (task / "status").read_text()
-                wakeups += int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-    return Usage(cpu_ns, wakeups)
+                found.sleeps[int(task.name)] = int(
+                    status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]
+                )
+    return found
 
 
 def parse_rollup(name: str, text: str) -> Memory:

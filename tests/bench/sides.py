@@ -47,23 +47,24 @@ class Side:
             self.back_end.stop()
 
 
-def start(name: str, back_end: BackEnd) -> Side:
-    """Waits for *back_end* and starts a VM on it; ends it when that fails.
+def start(name: str, back_end: BackEnd, *, queues: int = 1) -> Side:
+    """Waits for *back_end* and starts a VM with so many request queues on it; ends it when that fails.
 
     Raises:
         DaemonError: it did not start.
+        PeerError: it has fewer queues.
     """
     try:
         back_end.wait_ready(60)
-        return attach(name, back_end.socket, back_end.process.pid, back_end)
+        return attach(name, back_end.socket, back_end.process.pid, back_end, queues=queues)
     except BaseException:
         back_end.stop()
         raise
 
 
-def attach(name: str, socket: Path, pid: int, back_end: BackEnd | None = None) -> Side:
+def attach(name: str, socket: Path, pid: int, back_end: BackEnd | None = None, *, queues: int = 1) -> Side:
     """Connects to a back-end that runs already; *pid* is its main process."""
-    fe = Frontend.connect(socket, timeout_s=120)
+    fe = Frontend.connect(socket, timeout_s=120, queues=queues)
     try:
         fe.start()
         fe.init()
