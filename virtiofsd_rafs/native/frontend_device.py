@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+DESC_WRITE = 1
+"""The device writes the buffer."""
+DESC_TABLE = 2
+"""The buffer is an indirect table of descriptors."""
+
+
 @attrs.frozen
 class Layout:
     """How requests are cut into descriptors, chained or through an indirect table.
@@ -149,10 +155,10 @@ class Device(Link):
     def resume(self, bases: Sequence[int]) -> None:
         """Lets the VM go on with its rings as they are; *bases* are those of ``stop``."""
         for queue in range(self.n_queues):
-            self._control(queue, lib.VR_FRONTEND_THAW)
+            self.thaw(queue)
         self.vmm.resume(self, bases)
         for queue in range(self.n_queues):
-            self._control(queue, lib.VR_FRONTEND_RESUME)
+            self.go_on(queue)
 
     def reset(self) -> None:
         """Resets the device and boots the guest anew.
@@ -178,6 +184,14 @@ class Device(Link):
     def freeze(self, queue: int) -> None:
         """From now on nothing may change in the queue's used ring and the buffers in flight."""
         self._control(queue, lib.VR_FRONTEND_FREEZE)
+
+    def thaw(self, queue: int) -> None:
+        """Ends what ``freeze`` began: the back-end may write again."""
+        self._control(queue, lib.VR_FRONTEND_THAW)
+
+    def go_on(self, queue: int) -> None:
+        """Submits to and takes from the queue again, after ``stop``."""
+        self._control(queue, lib.VR_FRONTEND_RESUME)
 
     def spare_fd(self) -> int:
         """An eventfd that nobody listens to."""
@@ -280,11 +294,12 @@ class Device(Link):
         return Token(queue, token, unique, out_size or 0)
 
     def submit_raw(
-        self, descriptors: Sequence[tuple[int, int, bool]], *, queue: int = 1, indirect: bool = False
+        self, descriptors: Sequence[tuple[int, int, int]], *, queue: int = 1, indirect: bool = False
     ) -> Token:
-        """Submits a chain of (guest-physical address, length, writable), well-formed or not.
+        """Submits a chain of (guest-physical address, length, flags), well-formed or not.
 
-        Its memory is the caller's. Only that it completes once is checked.
+        Flags are ``DESC_WRITE`` (or ``True``) and ``DESC_TABLE`` for a descriptor that refers to an indirect
+        table. All memory is the caller's. Only that it completes once is checked.
         """
         words = ffi.new("uint64_t[]", [int(x) for d in descriptors for x in d])
         token = checked(lib.vr_frontend_submit_raw(self._handle, queue, words, len(descriptors), indirect))

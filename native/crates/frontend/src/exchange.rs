@@ -389,6 +389,7 @@ fn push_pieces(
             gpa: base + at as u64,
             len: len32,
             writable,
+            indirect: false,
         });
         at += len;
     }

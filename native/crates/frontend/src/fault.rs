@@ -31,10 +31,12 @@ pub enum FaultKind {
     WriteWhileStopped,
     /// A read answered bytes other than the expected ones.
     WrongData,
+    /// A driver that had asked for an interrupt slept until its time was over, beside a completion.
+    InterruptMissing,
 }
 
 /// All kinds in the order of their numbers, with the names that reports use.
-pub const KINDS: [(FaultKind, &str); 12] = [
+pub const KINDS: [(FaultKind, &str); 13] = [
     (FaultKind::UsedIndexJump, "used_index_jump"),
     (FaultKind::UsedIdRange, "used_id_range"),
     (FaultKind::NotInFlight, "not_in_flight"),
@@ -47,6 +49,7 @@ pub const KINDS: [(FaultKind, &str); 12] = [
     (FaultKind::LateWrite, "late_write"),
     (FaultKind::WriteWhileStopped, "write_while_stopped"),
     (FaultKind::WrongData, "wrong_data"),
+    (FaultKind::InterruptMissing, "interrupt_missing"),
 ];
 
 /// How many texts are kept; counters go on beyond.

@@ -219,11 +219,13 @@ fn raw_chains_complete_unchecked() {
             gpa: span.gpa(),
             len: 8,
             writable: true,
+            indirect: false,
         },
         Desc {
             gpa: span.gpa() + 8,
             len: 8,
             writable: false,
+            indirect: false,
         },
     ];
     for indirect in [false, true] {
@@ -235,4 +237,22 @@ fn raw_chains_complete_unchecked() {
         assert_eq!((used, header), (1, None));
     }
     assert_eq!(queue.faults.total(), 0);
+}
+
+#[test]
+fn a_completion_without_its_interrupt_is_a_time_out_and_a_fault() {
+    let queue = queue(16);
+    let mut device = FakeDevice::new(&queue);
+    let token = submit(&queue, 1);
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| queue.wait(token, 25 * SHORT));
+        let (head, descs, request) = device.expect();
+        device.mute = true;
+        // Only once the waiter sleeps is the interrupt needed.
+        std::thread::sleep(SHORT);
+        device.reply(head, &descs, &request, &[]);
+        assert!(matches!(waiter.join().unwrap(), Err(Error::Timeout)));
+    });
+    assert_eq!(queue.faults.count(FaultKind::InterruptMissing), 1);
+    assert!(queue.wait(token, SHORT).is_ok());
 }

@@ -25,17 +25,16 @@ pub struct Desc {
     pub len: u32,
     /// The device writes it.
     pub writable: bool,
+    /// It is a table of descriptors. Without `writable`, as a driver should have it.
+    pub indirect: bool,
 }
 
 impl Desc {
     /// Bytes of a table entry with these flags and successor added.
     fn encode(self, flags: u16, next: u16) -> [u8; DESC_SIZE] {
-        raw_desc(
-            self.gpa,
-            self.len,
-            flags | if self.writable { F_WRITE } else { 0 },
-            next,
-        )
+        let write = if self.writable { F_WRITE } else { 0 };
+        let indirect = if self.indirect { F_INDIRECT } else { 0 };
+        raw_desc(self.gpa, self.len, flags | write | indirect, next)
     }
 }
 

@@ -23,6 +23,7 @@ fn descs(n: usize) -> Vec<Desc> {
             gpa: 0x1000 * i as u64,
             len: 16 + i as u32,
             writable: i % 2 == 1,
+            indirect: false,
         })
         .collect()
 }

@@ -6,9 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
+use crate::fault::FaultKind;
 use crate::fuse::OutHeader;
 use crate::queue::{Leader, Queue, State};
 use crate::sys::{self, Until};
+
+/// Between a completion and its interrupt, on a busy host.
+const INTERRUPT_GRACE: Duration = Duration::from_secs(1);
 
 impl Queue {
     /// Waits until `ready` returns something; it is called with the ring reaped.
@@ -52,7 +56,9 @@ impl Queue {
         }
     }
 
-    /// Sleeps on the eventfds with the lock released, for the leader.
+    /// Sleeps on the eventfds with the lock released, for the leader, who has asked for an interrupt.
+    ///
+    /// Errors: [`Error::Timeout`] when completions came without one, which a driver would not have noticed.
     pub(crate) fn sleep<'a>(
         &'a self,
         state: MutexGuard<'a, State>,
@@ -67,8 +73,21 @@ impl Queue {
             .collect();
         fds.push(Until::Readable(self.wake.as_raw_fd()));
         fds.extend(connection.as_ref().map(|c| Until::HungUp(c.as_raw_fd())));
-        let mask = sys::poll(&fds, timeout);
+        let mut mask = sys::poll(&fds, timeout);
         let mut state = self.lock();
+        if matches!(mask, Ok(0)) && !state.paused && state.ring.has_used() {
+            // It may have come at the last moment, with its interrupt on the way.
+            drop(state);
+            mask = sys::poll(&fds, INTERRUPT_GRACE);
+            state = self.lock();
+            if matches!(mask, Ok(0)) {
+                self.faults.record(FaultKind::InterruptMissing, || {
+                    format!("queue {}, used index {}", self.index, state.ring.used_idx())
+                });
+                state.leader = Leader::None;
+                return Err(Error::Timeout);
+            }
+        }
         let mask = match mask {
             Ok(mask) => mask,
             Err(e) => {

@@ -164,7 +164,8 @@ pub unsafe extern "C" fn vr_frontend_submit(
     })
 }
 
-/// Submits a chain of `n` descriptors (address, length, 1 if writable); returns its token.
+/// Submits a chain of `n` descriptors (address, length, 1 if writable plus 2 if it is an indirect table); returns its
+/// token.
 ///
 /// # Safety
 /// `h` is a live handle; `descs` has `3 * n` readable elements.
@@ -187,7 +188,8 @@ pub unsafe extern "C" fn vr_frontend_submit_raw(
             .map(|d| Desc {
                 gpa: d[0],
                 len: d[1] as u32,
-                writable: d[2] != 0,
+                writable: d[2] & 1 != 0,
+                indirect: d[2] & 2 != 0,
             })
             .collect();
         Ok(queue.submit_raw(&descs, indirect != 0)? as i64)
