@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.bench import sides
 from tests.bench.__main__ import main
 from tests.bench.kit import floor
-from tests.bench.kit.cases import CASES
+from tests.bench.kit.cases import CASES, find_targets
 from virtiofsd_rafs.native.frontend import Frontend, Load, Op, Target, Walk
 from virtiofsd_rafs.native.frontend_link import Region
 
@@ -69,6 +69,10 @@ def test_the_floor_answers_all_that_is_asked(
         assert result.total.count == 4000
         assert result.clean, result
         assert sum(n for _, n in result.steps) == 4000
+        by_name = find_targets(fe, found)
+        assert [fe.lookup(t.nodeid, t.name).nodeid for t in by_name.names[:20]] == [
+            t.nodeid for t in by_name.named[:20]
+        ]
         forgotten = fe.load(Load([Op("forget", large)], depth=64, count=500, queues=[0]))
         assert (forgotten.total.count, forgotten.clean) == (500, True)
         walk = fe.walk(Walk(count=2, depth=4))
@@ -152,6 +156,6 @@ def test_a_side_with_too_few_queues_or_that_ends_is_told_and_left_out(
     cases = {case["name"]: case["sides"] for case in json.loads(out.read_text())["results"]["cases"]}
     assert cases["getattr qd32"]["one"]["runs"]
     for name in ("getattr qd32 x 2 queues", "getattr qd32 x 4 queues"):
-        assert "queues" in cases[name]["one"]["note"]
+        assert cases[name]["one"]["note"] == "offers 1 request queue"
         assert not cases[name]["one"]["runs"]
         assert cases[name]["floor"]["runs"]

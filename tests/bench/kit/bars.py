@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from tests.bench.kit.results import CaseResult
 
+OURS = "rafs"
 FLOOR_CPU = 1.6
 
 
@@ -44,14 +45,14 @@ Row = tuple[str, str, str, str, str]
 
 
 def verdicts(results: Sequence[CaseResult]) -> list[Row]:
-    """A row for each bar whose case and peers were measured."""
-    found = {result.name: result for result in results}
+    """A row for each bar whose case and peers were measured; without our own side there is none."""
+    found = {result.name: result for result in results if result.first == OURS}
     rows: list[Row] = []
     for bar in BARS:
         if bar.case in found:
             rows += _against_peers(found[bar.case], bar)
             rows += _against_floor(found[bar.case])
-    for result in results:
+    for result in found.values():
         if result.what == "stalled":
             rows += _stalled(result)
     return rows

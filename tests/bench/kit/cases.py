@@ -109,7 +109,9 @@ class Targets:
     nodes: Sequence[Target]
     """All."""
     names: Sequence[Target]
-    """All, by name."""
+    """All but the root, by name."""
+    named: Sequence[Target]
+    """The nodes that ``names`` lead to, in the same order."""
     absent: Sequence[Target]
     """Names that are not there, one in each directory."""
     files: Sequence[Target]
@@ -125,11 +127,12 @@ def find_targets(fe: Frontend, tree: dict[bytes, TreeEntry]) -> Targets:
         RuntimeError: there is no file to read from.
     """
     nodes = [Target(entry.nodeid) for entry in tree.values()]
-    names = []
-    for path in tree:
+    names, named = [], []
+    for path, entry in tree.items():
         parent, _, name = path.rpartition(b"/")
         if name:
             names.append(Target(tree[parent or b"/"].nodeid, name=name))
+            named.append(Target(entry.nodeid))
     directories = [entry for entry in tree.values() if stat.S_ISDIR(entry.attr.mode)]
     absent = [Target(entry.nodeid, name=b"absent-%d" % i) for i, entry in enumerate(directories)]
     files = [entry for entry in tree.values() if stat.S_ISREG(entry.attr.mode)]
@@ -139,6 +142,7 @@ def find_targets(fe: Frontend, tree: dict[bytes, TreeEntry]) -> Targets:
     return Targets(
         nodes,
         names,
+        named,
         absent[:_MAX_TARGETS],
         [Target(entry.nodeid) for entry in files[:_MAX_TARGETS]],
         [Target(e.nodeid, size=e.attr.size, fh=fe.open(e.nodeid)) for e in large],
@@ -152,7 +156,7 @@ def op_of(case: Case, targets: Targets) -> Op:
         "lookup": targets.names,
         "absent": targets.absent,
         "open": targets.files,
-        "forget": targets.names,
+        "forget": targets.named,
         "read": targets.large,
     }
     assert case.kind != "walk"

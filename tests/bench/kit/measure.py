@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -110,8 +111,8 @@ class Comparison:
             try:
                 side = sides.start(contender.name, contender.start(folder), queues=queues)
             except PeerError as error:
-                notes[contender.name] = str(error)
-                click.echo(f"{contender.name}: {error}")
+                notes[contender.name] = too_few_queues(str(error))
+                click.echo(f"{contender.name}: {notes[contender.name]}")
                 continue
             opened[contender.name] = (stack.enter_context(side), contender)
         for each in self.attached:
@@ -244,6 +245,15 @@ def _why_not(case: Case, entrant: Entrant) -> str | None:
     if case.what == "disk" and not entrant.data:
         return "n/a: its files are not known, or mapped, so that their pages cannot be dropped"
     return runs.not_needed(entrant.side, case, entrant.targets)
+
+
+def too_few_queues(text: str) -> str:
+    """What the front-end says of a back-end that has fewer queues, for a table; any other text as it is."""
+    found = re.search(r"has (\d+) queues", text)
+    if not found:
+        return text
+    n = int(found[1]) - 1  # without hiprio
+    return f"offers {n} request queue{'' if n == 1 else 's'}"
 
 
 def compare_trees(trees: dict[str, Tree]) -> None:

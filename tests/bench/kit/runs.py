@@ -107,7 +107,7 @@ def run_case(side: Side, case: Case, targets: Targets, setting: Setting, data: S
     load = load_of(case, targets, duration_s=setting.duration_s, wait=setting.wait, canaries=setting.canaries)
     if case.what == "forget":
         # As many lookups as are forgotten then: the nodes stay known, as they were before.
-        fill = attrs.evolve(load.ops[0], kind="lookup", random=False)
+        fill = attrs.evolve(load.ops[0], kind="lookup", targets=targets.names, random=False)
         side.fe.load(attrs.evolve(load, ops=[fill]))
         storm = attrs.evolve(load.ops[0], random=False)
         load = attrs.evolve(load, ops=[storm], queues=[0])
