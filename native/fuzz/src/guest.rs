@@ -216,6 +216,10 @@ impl Memory {
                 if indirect || d.flags & NEXT != 0 || d.len == 0 || d.len % 16 != 0 {
                     return None;
                 }
+                // Longer than any queue is, which a driver must not make it.
+                if d.len / 16 > 65_536 {
+                    return None;
+                }
                 (table, entries, index) = (d.addr, u64::from(d.len) / 16, 0);
                 indirect = true;
                 continue;
