@@ -20,6 +20,7 @@ import pytest
 
 from tests.sim.images import MadeImage, make_image
 from virtiofsd_rafs.cli._api import fetch_json
+from virtiofsd_rafs.runtime.control import LOOP_NICE
 from virtiofsd_rafs.runtime.mount import FATAL, FRONTEND, MOUNT_BEGIN, MOUNT_BLOB, MOUNT_COMMIT, SHUTDOWN
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +186,38 @@ print([name for name in heavy if name in sys.modules])
     args = [sys.executable, "-c", code, image.folder / "image.boot", tmp_path / "cache"]
     out = subprocess.run(args, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert out == "[]\n"
+
+
+def test_the_event_loop_runs_before_what_computes(image: MadeImage, tmp_path: Path) -> None:
+    try:
+        subprocess.run(["true"], check=True, preexec_fn=lambda: os.nice(LOOP_NICE))
+        allowed = LOOP_NICE
+    except subprocess.SubprocessError:
+        allowed = 0
+    c = start(image, tmp_path)
+    mount = c.mounted()
+    c.post(2, 4)
+    while mount.states().count(3) < 2:
+        c.woken()
+    nice = {}
+    for task in Path(f"/proc/{c.process.pid}/task").iterdir():
+        nice[int(task.name)] = os.getpriority(os.PRIO_PROCESS, int(task.name))
+    c.end()
+    assert nice.pop(c.process.pid) == allowed
+    assert nice
+    assert set(nice.values()) == {0}, "threads that decode"
+
+
+def test_who_started_it_nicely_meant_it() -> None:
+    code = """
+import os, sys
+from virtiofsd_rafs.runtime.control import loop_first
+os.nice(3)
+loop_first()
+print(os.nice(0))
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout == "3\n"
 
 
 def test_control_ends_with_its_keeper(image: MadeImage, tmp_path: Path) -> None:
