@@ -18,7 +18,7 @@ import attrs
 import click
 
 from tests.bench.cold import add_extras
-from tests.bench.figures import Spread, print_table, ratios, write_json
+from tests.bench.figures import Spread, print_table, ratios_of, write_json
 from tests.bench.material import made_tree
 from tests.bench.options import json_option, rounds_option, work_option
 
@@ -139,7 +139,7 @@ def compared(costs: Sequence[Cost]) -> list[list[object]]:
         for side, found in of.items():
             ratio = ""
             if len(of) == 2 and side == "rafs":
-                ratio = ratios([c.wall_s for c in found], [c.wall_s for c in of["nydus-image"]]).text()
+                ratio = ratios_of("wall_s", found, of["nydus-image"]).text()
             rows.append(
                 [
                     tree,

@@ -20,7 +20,7 @@ from guest.kit import VAR, Kernel
 from guest.registry import Registry
 from guest.slowlink import SlowLinkProcess
 from tests.bench import peers, sides
-from tests.bench.figures import print_table, ratios, write_json
+from tests.bench.figures import print_table, ratios, ratios_of, write_json
 from tests.bench.material import Material, built, in_registry, prepare, reference
 from tests.bench.options import json_option, nydusd_option, rounds_option, work_option
 from tests.bench.trace import boot_like, file_sizes, replay
@@ -186,11 +186,8 @@ def compared(results: Sequence[Result]) -> list[list[object]]:
             for side in ("rafs", "nydusd")
         )
         if ours and theirs:
-            columns = [("time_s", 2), ("requests", 2), ("bytes", 2)] if cache == "cold" else [("time_s", 2)]
-            spreads = [
-                ratios([getattr(r, key) for r in ours], [getattr(r, key) for r in theirs]).text(digits)
-                for key, digits in columns
-            ]
+            columns = ["time_s", "requests", "bytes"] if cache == "cold" else ["time_s"]
+            spreads = [ratios_of(key, ours, theirs).text() for key in columns]
             rows.append([image, cache, *spreads, *[""] * (3 - len(spreads))])
     return rows
 

@@ -51,6 +51,11 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
+def ratios_of(attribute: str, ours: Sequence[object], theirs: Sequence[object]) -> Spread:
+    """As :func:`ratios`, of one attribute of measurements."""
+    return ratios([getattr(x, attribute) for x in ours], [getattr(x, attribute) for x in theirs])
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Lines with aligned columns: numbers to the right (floats get two digits), the rest to the left."""
     texts = [[f"{cell:,.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]

@@ -18,7 +18,7 @@ from guest.kit import VAR
 from guest.registry import Registry
 from guest.slowlink import SlowLinkProcess
 from tests.bench import peers, sides
-from tests.bench.figures import print_table, ratios, write_json
+from tests.bench.figures import print_table, ratios_of, write_json
 from tests.bench.material import Material, prepare
 from tests.bench.options import json_option, nydusd_option, rounds_option, work_option
 from virtiofsd_rafs.native.frontend import Load, Op, Target
@@ -73,6 +73,8 @@ def read_all(
         RuntimeError: a request failed or was short.
     """
     targets = [attrs.evolve(target, fh=side.fe.open(target.nodeid)) for target in targets]
+    # Of all files; random reads may be of any length.
+    size = sum(target.size for target in targets)
     count = random_reads or sum(-(-target.size // _READ) for target in targets)
     op = Op("read", targets, _READ, random=bool(random_reads))
     load = Load([op], depth=depth, count=count, canaries=False, stall_s=120)
@@ -80,13 +82,9 @@ def read_all(
     result = side.fe.load(load)
     used = side.usage() - before
     total = result.total
-    if (
-        total.errors
-        or result.lost
-        or (not random_reads and total.bytes != sum(target.size for target in targets))
-    ):
+    if total.errors or result.lost or (not random_reads and total.bytes != size):
         raise RuntimeError(f"{side.name}: {result}")
-    return result.total.bytes, result.elapsed_s, used.cpu_ns / 1e9
+    return total.bytes, result.elapsed_s, used.cpu_ns / 1e9
 
 
 def one_round(
@@ -182,8 +180,8 @@ def fullread(
     if nydusd:
         a, b = ([each for each in results if each.side == side] for side in ("rafs", "nydusd"))
         rows = [
-            ["throughput", ratios([x.mb_per_s for x in a], [x.mb_per_s for x in b]).text()],
-            ["cpu", ratios([x.cpu_s for x in a], [x.cpu_s for x in b]).text()],
+            ["throughput", ratios_of("mb_per_s", a, b).text()],
+            ["cpu", ratios_of("cpu_s", a, b).text()],
         ]
         click.echo("rafs / nydusd, median (least to most)")
         print_table(["what", "ratio"], rows)

@@ -174,7 +174,7 @@ def many(
             ours.send("go")
             busy, results = asker.measure_until(lambda: await_word(ours))
             spent = [processes.usage(d.process.pid) - b for d, b in zip(daemons, before, strict=True)]
-        memory = [sum(m.pss for m in processes.memory(d.process.pid)) for d in daemons]
+        memory = [processes.pss_kib(d.process.pid) for d in daemons]
         got = traffic_of(sim, "sha256:" + material.blob_id, n)
         ours.send("end")
         vms.join(60)

@@ -95,6 +95,10 @@ class Cost:
     wasted: int
     """Bytes of chunks that nobody read."""
 
+    def row(self) -> list[object]:
+        """For a table: seconds, seconds waited, requests, MB, wasted MB."""
+        return [self.seconds, self.waited, self.requests, self.bytes / 1e6, self.wasted / 1e6]
+
 
 class Model:
     """Runs a trace. *rate* in bytes per second, *trip* in seconds."""
@@ -230,6 +234,7 @@ def recorded(trace: dict[str, Any]) -> list[Access]:
     return out
 
 
+_HEAD = ("s", "waited s", "requests", "MB", "wasted MB")
 LINKS = {
     "30 Mbit/s, 20 ms": (30e6 / 8, 0.025),
     "100 Mbit/s, 100 ms": (100e6 / 8, 0.11),
@@ -275,12 +280,11 @@ def model(tree: Path, trace: Path | None, amplify: int, first_window: int | None
     for link, (rate, trip) in LINKS.items():
         for name, (blob, accesses) in found.items():
             cost = Model(blob, rate, trip, amplify=amplify, first_window=first_window).run(accesses)
-            rows.append(
-                [link, name, cost.seconds, cost.waited, cost.requests, cost.bytes / 1e6, cost.wasted / 1e6]
-            )
-    print_table(["link", "reads", "s", "waited s", "requests", "MB", "wasted MB"], rows)
+            rows.append([link, name, *cost.row()])
+    print_table(["link", "reads", *_HEAD], rows)
     if trace is not None:
-        print_table(["link", "boot with its own list", "waited s", "requests", "MB"], with_lists(found))
+        head = ["link", "boot with its own list, s", *_HEAD[1:]]
+        print_table(head, with_lists(found))
 
 
 def with_lists(found: dict[str, tuple[Blob, list[Access]]]) -> list[list[object]]:
@@ -290,5 +294,5 @@ def with_lists(found: dict[str, tuple[Blob, list[Access]]]) -> list[list[object]
     rows: list[list[object]] = []
     for link, (rate, trip) in LINKS.items():
         cost = Model(blob, rate, trip).run(accesses, listed)
-        rows.append([link, cost.seconds, cost.waited, cost.requests, cost.bytes / 1e6])
+        rows.append([link, *cost.row()])
     return rows

@@ -151,6 +151,11 @@ def memory(pid: int) -> list[Memory]:
     return found
 
 
+def pss_kib(pid: int) -> int:
+    """Proportional set size of *pid* and its descendants."""
+    return sum(each.pss for each in memory(pid))
+
+
 def pin(pids: list[int]) -> None:
     """This process on the first CPU, all threads of *pids* on the others, if there are others.
 

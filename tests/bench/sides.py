@@ -33,7 +33,7 @@ class Side:
 
     def pss_kib(self) -> int:
         """Proportional set size of all its processes."""
-        return sum(each.pss for each in processes.memory(self.pid))
+        return processes.pss_kib(self.pid)
 
     def __enter__(self) -> Side:
         return self
