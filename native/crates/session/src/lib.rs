@@ -20,5 +20,5 @@ pub mod say;
 mod shared;
 
 pub use shared::{
-    MAX_QUEUE_SIZE, MAX_QUEUES, MAX_THREADS, QueueRecord, SessionRecord, Shared, ThreadRecord,
+    MAX_QUEUE_SIZE, MAX_QUEUES, MAX_THREADS, QueueRecord, SessionRecord, Shared, ThreadRecord, add,
 };

@@ -71,11 +71,17 @@ pub struct ThreadRecord {
     pub traces: TraceRing,
 }
 
+/// Adds `n` to a counter that one thread writes. What a predecessor has left there may be any number.
+#[inline]
+pub fn add(counter: &AtomicU64, n: u64) {
+    let sum = counter.load(Ordering::Relaxed).wrapping_add(n);
+    counter.store(sum, Ordering::Relaxed);
+}
+
 impl ThreadRecord {
     /// Counts a request.
     pub fn count(&self, opcode: u32) {
-        let n = &self.requests[(opcode as usize).min(OPCODES - 1)];
-        n.store(n.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        add(&self.requests[(opcode as usize).min(OPCODES - 1)], 1);
     }
 }
 

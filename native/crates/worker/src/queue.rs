@@ -281,10 +281,7 @@ impl<'a> Queue<'a> {
             .clear_batch(self.newest_in_batch, self.batch, ring.published_used());
         failpoint.pass(Point::Cleared);
         let completed = &self.shared.queue(self.index).completed;
-        completed.store(
-            completed.load(Ordering::Relaxed) + u64::from(self.batch),
-            Ordering::Relaxed,
-        );
+        session::add(completed, u64::from(self.batch));
         self.batch = 0;
     }
 

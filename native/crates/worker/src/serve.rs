@@ -264,10 +264,7 @@ impl Server {
         n: usize,
     ) {
         let thread = self.shared.thread(self.thread);
-        thread.bytes_read.store(
-            thread.bytes_read.load(Ordering::Relaxed) + n as u64,
-            Ordering::Relaxed,
-        );
+        session::add(&thread.bytes_read, n as u64);
         let len = (reply::OUT_HEADER_LEN + n) as u32;
         if self
             .chain
@@ -312,7 +309,7 @@ impl Server {
         });
         if submitted {
             let reads = &self.shared.thread(self.thread).pool_reads;
-            reads.store(reads.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            session::add(reads, 1);
             self.shared.failpoint().pass(Point::PoolSubmitted);
         } else if let Some(first) = self.reader.pieces.first() {
             // The chunk is here: it is looked at again with the others that wait, and nobody needs to be asked for it.
@@ -329,9 +326,7 @@ impl Server {
         self.shared.failpoint().pass(Point::Parking);
         let thread = self.shared.thread(self.thread);
         if !at.waited {
-            thread
-                .parks
-                .store(thread.parks.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            session::add(&thread.parks, 1);
         }
         let now = clock::now_ns();
         let mut posted_ns = now;
@@ -377,7 +372,7 @@ impl Server {
 
     fn count_error(&self) {
         let errors = &self.shared.thread(self.thread).errors;
-        errors.store(errors.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        session::add(errors, 1);
     }
 
     /// Completes a head whose reply, or failure, is in `out` after room for the header.

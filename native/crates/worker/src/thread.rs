@@ -171,10 +171,7 @@ impl RingThread {
             }
             rested = false;
             self.set_busy();
-            thread.wakeups.store(
-                thread.wakeups.load(Ordering::Relaxed) + 1,
-                Ordering::Relaxed,
-            );
+            session::add(&thread.wakeups, 1);
             for event in &events[..n as usize] {
                 // Wake-ups of control and kicks need nothing here: all that waits is looked at below.
                 if event.u64 == TOKEN_POOL {
@@ -202,7 +199,7 @@ impl RingThread {
 
     pub(crate) fn step(&self) {
         let progress = &self.server.shared.thread(self.index).progress;
-        progress.store(progress.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        session::add(progress, 1);
     }
 
     /// Serves what the rings offer. False when they are empty and the driver will kick: the thread may sleep. A driver
@@ -290,7 +287,7 @@ impl RingThread {
     fn flush(&mut self, i: usize) {
         if self.queues[i].flush() {
             let signals = &self.server.shared.thread(self.index).signals;
-            signals.store(signals.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            session::add(signals, 1);
         }
         self.step();
     }
@@ -341,7 +338,7 @@ impl RingThread {
             } else if now >= parked.deadline_ns {
                 self.server.parking.forget_all_posts();
                 let late = &self.server.shared.thread(self.index).deadline_errors;
-                late.store(late.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+                session::add(late, 1);
                 let queue = &mut self.queues[i];
                 if !self.server.fail(queue, parked.head, Errno(libc::EIO)) {
                     queue.complete(parked.head, 0);
@@ -370,10 +367,7 @@ impl RingThread {
             .map(|q| q.expire_waiting(until))
             .sum();
         let errors = &self.server.shared.thread(self.index).deadline_errors;
-        errors.store(
-            errors.load(Ordering::Relaxed) + late as u64,
-            Ordering::Relaxed,
-        );
+        session::add(errors, late as u64);
     }
 
     fn repost(&mut self, parked: &Parked) -> bool {
