@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import zlib
 
 import pytest
 import zstandard
@@ -146,6 +147,30 @@ def test_a_bomb_stops_at_the_limit() -> None:
     bomb = gzip.compress(bytes(1 << 28), 9)
     with pytest.raises(BadImage, match="longer than"):
         decompress(io.BytesIO(bomb), limit=1 << 20)
+
+
+def test_many_members_are_not_copied_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = 0
+    real = zlib.decompressobj
+
+    class Counting:
+        def __init__(self, wbits: int) -> None:
+            self.inflater = real(wbits=wbits)
+
+        def decompress(self, data: bytes, limit: int) -> bytes:
+            nonlocal copied
+            out = self.inflater.decompress(data, limit)
+            copied += len(self.inflater.unused_data)
+            return out
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inflater, name)
+
+    monkeypatch.setattr("virtiofsd_rafs.image.layer.zlib.decompressobj", Counting)
+    members, data = 5000, tar_of(("image/image.boot", BOOT))
+    packed = gzip.compress(b"", mtime=0) * members + gzip.compress(data)
+    assert decompress(io.BytesIO(packed)) == data
+    assert copied <= members << 14, "what follows a member is copied once per member: it has to be short"
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])

@@ -29,6 +29,8 @@ _META_NAME = re.compile(rb"image/([0-9a-f]{64})\.blob\.meta")
 
 _BLOCK = 512
 _PIECE = 1 << 20
+# zlib copies what follows a gzip member: with many members in large pieces that would be all there is to do.
+_GZIP_PIECE = 16 << 10
 _MAX_HEADER_ENTRY = 1 << 20
 _MAX_ENTRIES = 4096
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -88,7 +90,7 @@ def _gunzip(source: BinaryIO) -> Iterator[bytes]:
     inflater = zlib.decompressobj(wbits=31)
     pending = b""
     while True:
-        data = pending or source.read(_PIECE)
+        data = pending or source.read(_GZIP_PIECE)
         if not data:
             if not inflater.eof:
                 raise BadImage("bootstrap layer", "the gzip stream ends early")
