@@ -7,6 +7,7 @@ A part of the document that is made here begins with ``<!-- bench: NAME -->`` an
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def _operations(results: Any) -> Blocks:
     way = _WAYS[settings["wait"]]
     how = f"{settings['rounds']} rounds of {settings['duration_s']:g} s; the front-end {way}."
     return {
+        "operations sides": _sides(results["sides"]),
         "operations bars": tables.bar_table(cases),
         "operations ratios": [how, "", *tables.ratio_table(cases)],
         "operations numbers": tables.number_table(cases),
@@ -52,6 +54,19 @@ def _operations(results: Any) -> Blocks:
 
 
 _WAYS = {"sleep": "sleeps", "poll": "polls"}
+
+
+def _sides(sides: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, seen in sides.items():
+        # A side that failed on the way has not been looked at.
+        idle = seen.get("idle", {"cpu_us": [], "wakeups": math.nan})
+        parts = ", ".join(f"{process.removeprefix('rafs-')} {us:.0f}" for process, us in idle["cpu_us"])
+        pss = f"{seen['pss_kib'] / 1024:.0f}"
+        numbers = [str(seen["files"]), str(seen["processes"]), pss]
+        rows.append([name, seen["version"], *numbers, f"{idle['wakeups']:.0f}", parts])
+    head = ["side", "version", "files", "processes", "PSS after reading all, MiB", "idle: sleeps / s"]
+    return markdown([*head, "CPU, µs / s, by process"], rows)
 
 
 def _stalled(cases: Sequence[CaseResult]) -> list[str]:

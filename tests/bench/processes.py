@@ -6,8 +6,12 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @attrs.frozen
@@ -139,6 +143,16 @@ def alone_kib(pid: int) -> int:
         for mapping, kib in mapped_files(Path(f"/proc/{member}/smaps").read_text()).items():
             files[mapping] = max(files.get(mapping, 0), kib)
     return total + sum(files.values())
+
+
+def names(pids: Iterable[int]) -> dict[int, str]:
+    """What processes call themselves (``comm``); ``?`` for one that has ended."""
+    found = {}
+    for pid in pids:
+        found[pid] = "?"
+        with contextlib.suppress(OSError):
+            found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+    return found
 
 
 def memory(pid: int) -> list[Memory]:

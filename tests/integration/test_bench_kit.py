@@ -141,7 +141,7 @@ def test_a_comparison_from_command_line_to_document(tree: Path, short_dir: Path,
     assert "| getattr qd32 | rafs |" in text.read_text()
 
 
-PARTS = ("bars", "ratios", "numbers", "stalled")
+PARTS = ("sides", "bars", "ratios", "numbers", "stalled")
 
 
 def test_a_side_with_too_few_queues_or_that_ends_is_told_and_left_out(

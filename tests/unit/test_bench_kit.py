@@ -217,7 +217,10 @@ def document(name: str, found: Any, arguments: list[str] | None = None) -> dict[
 
 
 def operations() -> dict[str, Any]:
-    return {"settings": {"rounds": 3, "duration_s": 1.0, "wait": "sleep"}, "cases": to_json(results())}
+    idle = {"wakeups": 2.5, "cpu_us": [["rafs-keeper", 0.0], ["rafs-control", 120.4]]}
+    seen = {"version": "1.2", "files": 3110, "pss_kib": 10_240, "processes": 2, "idle": idle}
+    settings = {"rounds": 3, "duration_s": 1.0, "wait": "sleep"}
+    return {"settings": settings, "sides": {"rafs": seen}, "cases": to_json(results())}
 
 
 def documents() -> list[dict[str, Any]]:
@@ -269,6 +272,7 @@ def test_what_is_made_is_what_was_measured() -> None:
     assert made["memory"][-1] == "| rafs | cold | 2.0 | 1.0 | 1.0 | 2.0 | keeper 1.0, worker 1.0 |"
     assert made["faults"][-1] == "| rafs | 3, 3 | 0, 0 | 1, 1 | 0 |"
     assert made["cold"][-1] == "| image | cold | nydusd | 5.0 (5.0 to 5.0) | 40 | 1.0 |"
+    assert made["operations sides"][-1] == "| rafs | 1.2 | 3110 | 2 | 10 | 2 | keeper 0, control 120 |"
     stalled = "| rafs | 20 (20 to 20) | 40 (40 to 40) | 2.00 (2.00 to 2.00) | 0.1 |"
     assert stalled in made["operations stalled"]
 

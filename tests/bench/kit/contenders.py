@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,6 +42,7 @@ class Contender:
     data: Callable[[Path], Sequence[Path]] | None = None
     same_tree: bool = True
     """Whether it shows the tree as all others do."""
+    version: str = ""
 
 
 @attrs.frozen
@@ -68,6 +70,16 @@ class Attached:
         return sides.attach(self.name, self.socket, self.pid)
 
 
+def version_of(program: str | Path) -> str:
+    """The first number with points in what a program says to ``--version``; nothing if it says none."""
+    try:
+        done = subprocess.run([program, "--version"], check=False, capture_output=True, text=True, timeout=30)
+    except OSError:
+        return ""
+    found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
+    return found[0] if found else ""
+
+
 def blob_data(work: Path) -> list[Path]:
     """Files with decoded content in a cache directory, as this project and nydusd lay it out."""
     return sorted((work / "cache").rglob("*.blob.data"))
@@ -87,7 +99,7 @@ def rafs(name: str, program: Path, material: Material) -> Contender:
         arguments = options(work, "--plain-http")
         return Daemon(reference(sim), work, work / "log", arguments, program=program)
 
-    return Contender(name, start, over, blob_data)
+    return Contender(name, start, over, blob_data, version=version_of(program))
 
 
 def nydusd(program: str, material: Material) -> Contender:
@@ -97,7 +109,10 @@ def nydusd(program: str, material: Material) -> Contender:
     def over(sim: RegistrySimulator, work: Path) -> BackEnd:
         return run(work, peers.registry(sim.host, REPOSITORY))
 
-    return Contender("nydusd", lambda work: run(work, peers.localfs(material.image)), over, blob_data)
+    def start(work: Path) -> BackEnd:
+        return run(work, peers.localfs(material.image))
+
+    return Contender("nydusd", start, over, blob_data, version=version_of(program))
 
 
 def _large(tree: Path) -> list[Path]:
@@ -106,7 +121,11 @@ def _large(tree: Path) -> list[Path]:
 
 def virtiofsd(program: str, material: Material) -> Contender:
     tree = material.tree
-    return Contender("virtiofsd", lambda work: Virtiofsd(program, tree, work), data=lambda _: _large(tree))
+
+    def start(work: Path) -> BackEnd:
+        return Virtiofsd(program, tree, work)
+
+    return Contender("virtiofsd", start, data=lambda _: _large(tree), version=version_of(program))
 
 
 def installed_virtiofsd() -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
@@ -33,6 +34,7 @@ Tree = dict[bytes, "TreeEntry"]
 FAILURES = (OSError, PeerError, RuntimeError)
 # A slow link: 100 Mbit/s, 20 ms.
 BANDWIDTH, LATENCY_S = 12.5e6, 0.02
+IDLE_AFTER_S, IDLE_S = 0.05, 1.0
 
 
 @attrs.define
@@ -56,8 +58,9 @@ class Comparison:
     setting: Setting
     work: Path
     pin: bool = True
-    seen: dict[str, dict[str, int]] = attrs.field(factory=dict)
-    """Per side: files, PSS in KiB and processes when it had read everything once."""
+    seen: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    """Per side: its version, files, PSS in KiB and processes when it had read everything once; what it did
+    while nobody asked (:meth:`_rest`)."""
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +103,25 @@ class Comparison:
                     record.note = notes.get(name, "")
                 self._measure_case(case, running, result, notes)
                 results.append(self._say(result))
+            if "idle" not in next(iter(self.seen.values()), {"idle": None}):
+                self._rest(running)
         return results
+
+    def _rest(self, running: dict[str, Entrant]) -> None:
+        """What all sides use from 50 ms after their last request on, for a second, by process."""
+        time.sleep(IDLE_AFTER_S)
+        before = {name: entrant.side.usage() for name, entrant in running.items()}
+        time.sleep(IDLE_S)
+        for name, entrant in running.items():
+            used = entrant.side.usage() - before[name]
+            names = processes.names(used.cpu)
+            by_process = [[names[pid], ns / 1000 / IDLE_S] for pid, ns in used.cpu.items()]
+            self.seen[name]["idle"] = {"wakeups": used.wakeups / IDLE_S, "cpu_us": by_process}
+        click.echo("\nidle, each second")
+        for name in running:
+            idle = self.seen[name]["idle"]
+            parts = ", ".join(f"{process} {us:.0f} us" for process, us in idle["cpu_us"])
+            click.echo(f"  {name:<11}{idle['wakeups']:.0f} sleeps, {parts}")
 
     def _start_all(self, stack: ExitStack, queues: int, notes: dict[str, str]) -> dict[str, Entrant]:
         """All sides that have so many queues; why the others have not goes to *notes*."""
@@ -134,6 +155,7 @@ class Comparison:
             running[name] = Entrant(side, find_targets(side.fe, tree), data)
             if first:
                 self.seen[name] = {
+                    "version": its.version if its is not None else "",
                     "files": len(tree),
                     "pss_kib": side.pss_kib(),
                     "processes": len(side.pids()),
