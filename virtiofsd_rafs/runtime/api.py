@@ -38,6 +38,12 @@ def _json(data: Any, *, status: int = 200) -> web.Response:
 
 def make_app(view: View) -> web.Application:
     """The application that shows *view*."""
+    naming: list[asyncio.Future[None]] = []
+
+    def name_later(nodes: list[int]) -> None:
+        # Who asks often does not wait for a walk through the image: the next answer has the names.
+        if not naming or naming[0].done():
+            naming[:] = [asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)]
 
     async def daemon(_: web.Request) -> web.Response:
         return _json(view.daemon())
@@ -45,8 +51,10 @@ def make_app(view: View) -> web.Application:
     async def status(request: web.Request) -> web.Response:
         full = request.query.get("full", "0") not in ("", "0")
         nodes = view.status_nodes(full=full)
-        if nodes:
+        if nodes and full:
             await asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)
+        elif nodes:
+            name_later(nodes)
         return _json(view.status(full=full))
 
     async def trace(_: web.Request) -> web.Response:
