@@ -2,7 +2,7 @@
 
 use crate::blob::{BlobEntry, feature};
 use crate::chunk::chunk_flag;
-use crate::chunk_map::ChunkInfo;
+use crate::chunk_entry::ChunkInfo;
 use crate::error::{FormatError, Result};
 use crate::format::*;
 
