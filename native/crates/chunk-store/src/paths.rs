@@ -4,6 +4,9 @@ use std::collections::{HashMap, HashSet};
 
 use rafs_format::{FormatError, Nid, Tree};
 
+/// Longest path that is followed, as Linux does: directories of a hostile image may be nested as deep as it is long.
+const PATH_MAX: usize = 4096;
+
 /// Paths of the nodes in `wanted`, by number; a node without a name in the tree is left out. Of several names
 /// (hard links) the first in the order of the walk counts. Walks only as far as needed; a malformed part of the tree
 /// ends it early.
@@ -16,6 +19,8 @@ pub fn paths(image: &[u8], wanted: &HashSet<Nid>) -> Result<HashMap<Nid, Vec<u8>
     let mut path = Vec::new();
     let mut seen = HashSet::from([tree.root()]);
     let mut levels = vec![(tree.entries(&tree.inode(tree.root())?, 0), 0)];
+    // Names of a sound image are bytes of their own; directories of a hostile one share them.
+    let mut left = image.len();
     while found.len() < wanted.len() {
         let Some((entries, path_len)) = levels.last_mut() else {
             break;
@@ -26,6 +31,10 @@ pub fn paths(image: &[u8], wanted: &HashSet<Nid>) -> Result<HashMap<Nid, Vec<u8>
             continue;
         };
         let entry = entry?;
+        left = left.saturating_sub(1);
+        if left == 0 {
+            break;
+        }
         if matches!(entry.name, b"." | b"..") {
             continue;
         }
@@ -35,7 +44,7 @@ pub fn paths(image: &[u8], wanted: &HashSet<Nid>) -> Result<HashMap<Nid, Vec<u8>
             found.entry(entry.nid).or_insert_with(|| path.clone());
         }
         let inode = tree.inode(entry.nid)?;
-        if inode.is_dir() && seen.insert(entry.nid) {
+        if inode.is_dir() && path.len() < PATH_MAX && seen.insert(entry.nid) {
             levels.push((tree.entries(&inode, 0), path.len()));
         }
     }

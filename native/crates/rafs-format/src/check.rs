@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use crate::chunk_map::ChunkMap;
 use crate::error::{FormatError, Result};
-use crate::inode::{Layout, Nid};
+use crate::inode::{Inode, Layout, Nid};
 use crate::tree::Tree;
 
 /// What a walk has seen.
@@ -20,12 +20,33 @@ pub struct Usage {
     pub without_digest: u64,
 }
 
+/// Counts what was looked at. Names, attributes and chunk indexes of a sound image are bytes of their own, so that there
+/// are never as many as it has bytes; inodes of a hostile one share them, and the work would be their product.
+struct Steps(usize);
+
+impl Steps {
+    fn step(&mut self, inode: &Inode) -> Result<()> {
+        match self.0.checked_sub(1) {
+            Some(left) => self.0 = left,
+            None => {
+                return Err(FormatError::malformed(
+                    "inode",
+                    inode.offset,
+                    "inodes share directories, attributes or chunk indexes",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Visits every inode once and resolves all its chunks in `maps` (one per blob, in the order of the blob table).
 ///
-/// Fails at the first name, inode or chunk that breaks the format, at a chunk that no map describes, and at a
-/// directory with two parents.
+/// Fails at the first name, inode or chunk that breaks the format, at a chunk that no map describes, at a directory with
+/// two parents, and where inodes share so much that there is no end.
 pub fn check_references(tree: &Tree<'_>, maps: &[ChunkMap]) -> Result<Usage> {
     let mut usage = Usage::default();
+    let mut steps = Steps(tree.image().len());
     let mut seen: HashSet<Nid> = HashSet::from([tree.root()]);
     let mut directories = vec![tree.root()];
     while let Some(nid) = directories.pop() {
@@ -33,6 +54,7 @@ pub fn check_references(tree: &Tree<'_>, maps: &[ChunkMap]) -> Result<Usage> {
         let dir = tree.inode(nid)?;
         for entry in tree.entries(&dir, 0) {
             let entry = entry?;
+            steps.step(&dir)?;
             if matches!(entry.name, b"." | b"..") {
                 continue;
             }
@@ -56,6 +78,7 @@ pub fn check_references(tree: &Tree<'_>, maps: &[ChunkMap]) -> Result<Usage> {
             }
             for attribute in tree.xattrs(&inode) {
                 attribute?;
+                steps.step(&inode)?;
             }
             if inode.is_dir() {
                 directories.push(entry.nid);
@@ -65,6 +88,7 @@ pub fn check_references(tree: &Tree<'_>, maps: &[ChunkMap]) -> Result<Usage> {
                 if inode.layout == Layout::ChunkBased {
                     for part in tree.chunks(&inode, 0, inode.size) {
                         let part = part?;
+                        steps.step(&inode)?;
                         let Some(map) = maps.get(usize::from(part.blob_index)) else {
                             return Err(FormatError::malformed(
                                 "chunk_index",

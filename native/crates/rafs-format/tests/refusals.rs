@@ -2,8 +2,8 @@
 
 mod support;
 
-use rafs_format::{ErrorKind, Tree};
-use support::{BLOCK, ROOT, sample};
+use rafs_format::{ChunkTable, ErrorKind, Tree, check_references};
+use support::{BLOCK, Body, Builder, Chunk, ROOT, Spec, sample};
 
 #[test]
 fn wrong_fields_are_named() {
@@ -143,4 +143,59 @@ fn order_of_names_is_checked_across_cookies() {
     let tree = Tree::parse(&image).unwrap();
     let error = tree.entries(&root, cookie).next().unwrap().unwrap_err();
     assert_eq!(error.what, "dirent.name");
+}
+
+/// Each inode is four chunk indexes of those before it: the work of a reader would grow with the square of the image.
+#[test]
+fn inodes_that_share_their_chunk_indexes_are_refused() {
+    let mut b = Builder::new(4096, 1);
+    // Chunk number, and block where the index says that it lies.
+    let indexes: [(u32, u32); 4] = [(8, 0x8100), (1 << 16, 1), (5, 2), (6, 3)];
+    for (index, block) in indexes {
+        b.blobs[0].push(Chunk {
+            digest: 1,
+            flags: 0,
+            compressed_offset: u64::from(block) * 4096,
+            compressed_size: 4096,
+            uncompressed_offset: u64::from(block) * 4096,
+            uncompressed_size: 4096,
+            index,
+        });
+    }
+    let mut nids = Vec::new();
+    for _ in 0..1500 {
+        nids.push(b.inode(&Spec::new(0o100400), &Body::None));
+        let at = b.image.len() - 32;
+        let inode: [u32; 8] = [
+            8 | 1 << 16, // chunk-based, a header of attributes
+            0o100400,    // no links
+            0x0101_0000, // size: 4112 chunks
+            1,
+            5 | 1 << 16,
+            2,
+            6 | 1 << 16,
+            3,
+        ];
+        for (i, word) in inode.iter().enumerate() {
+            b.image[at + 4 * i..at + 4 * i + 4].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+    let names: Vec<String> = (0..400).map(|i| format!("f{i:03}")).collect();
+    let entries: Vec<(&[u8], u64, u8)> = names
+        .iter()
+        .zip(&nids)
+        .map(|(name, nid)| (name.as_bytes(), *nid, 1))
+        .collect();
+    let mut image = b.finish(&entries);
+    let count = (1u32 << 16) + 1;
+    image[4096 + 72..4096 + 76].copy_from_slice(&count.to_le_bytes());
+    image[4096 + 96..4096 + 104].copy_from_slice(&(u64::from(count) * 4096).to_le_bytes());
+    for at in [120, 128] {
+        let size = (u64::from(count) * 16).to_le_bytes();
+        image[4096 + at..4096 + at + 8].copy_from_slice(&size);
+    }
+    let tree = Tree::parse(&image).unwrap();
+    let maps = ChunkTable::parse(&tree).unwrap().into_maps();
+    let error = check_references(&tree, &maps).unwrap_err();
+    assert!(error.to_string().contains("share"), "{error}");
 }
