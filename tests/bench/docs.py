@@ -32,11 +32,9 @@ Blocks = dict[str, list[str]]
 def machine_line(machine: Mapping[str, Any]) -> str:
     """What was measured on, in a sentence."""
     kernel = ".".join(str(machine["kernel"]).split("-")[0].split(".")[:2])
-    virtual = "with" if machine["hardware_virtualisation"] else "without"
     load = f"{machine['load_average'][0]:.1f}"
     size = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    where = f"{machine['cpus']} CPUs, {size}, Linux {kernel}, {virtual} /dev/kvm"
-    return f"{where}; load average {load} at the start."
+    return f"{machine['cpus']} CPUs, {size}, Linux {kernel}; load average {load} at the start."
 
 
 def _operations(results: Any) -> Blocks:

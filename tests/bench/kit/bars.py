@@ -33,6 +33,8 @@ BARS = (
     Bar("lookup qd32", ("nydusd",), 1.4, 0.7),
     Bar("read 4k random qd32", ("nydusd", "virtiofsd"), 1.4, 0.65),
     Bar("read 4k random qd1", ("nydusd", "virtiofsd"), 1 / 1.1),
+    # A back-end that polls while the front-end does, against one that sleeps.
+    Bar("read 4k random qd1, polling", ("nydusd", "virtiofsd"), 1 / 0.3),
     Bar("read 128k sequential qd8", ("nydusd", "virtiofsd"), 1.0, 0.9),
     Bar("read 1m sequential qd8", ("nydusd", "virtiofsd"), 1.0, 0.9),
     Bar("walk of the tree qd1", ("nydusd",), 1 / 0.8),
@@ -55,6 +57,10 @@ def verdicts(results: Sequence[CaseResult]) -> list[Row]:
     for result in found.values():
         if result.what == "stalled":
             rows += _stalled(result)
+    if found:
+        runs = [run for result in found.values() for run in result.records[OURS].runs]
+        n = sum(sum(run.faults.values()) for run in runs)
+        rows.append(_row("all cases", "ring faults", "0", str(n), n == 0))
     return rows
 
 

@@ -45,6 +45,7 @@ from tests.bench.options import json_option, nydusd_option, work_option
 )
 @click.option("--no-own", is_flag=True, help="Leave this project's own daemon out.")
 @click.option("--no-floor", is_flag=True, help="Leave the floor program out.")
+@click.option("--floor-poll-us", type=int, help="The floor program once more, polling for so long.")
 @click.option("--dir", "tree", type=click.Path(path_type=Path, exists=True), help="Serve this tree.")
 @work_option
 @click.option("--quick", is_flag=True, help="The main cases only, shorter and in fewer rounds: 3 minutes.")
@@ -73,6 +74,7 @@ def operations(
     attach: tuple[str, ...],
     no_own: bool,
     no_floor: bool,
+    floor_poll_us: int | None,
     tree: Path | None,
     work: Path,
     quick: bool,
@@ -113,6 +115,7 @@ def operations(
         nydusd_program=nydusd,
         commands=commands,
         with_floor=not no_floor,
+        floor_poll_us=floor_poll_us,
     )
     setting = Setting(seconds or (0.5 if quick else 1.0), wait, canaries)
     comparison = Comparison(material, found, attached, rounds or (3 if quick else 5), setting, work, pin=pin)

@@ -190,6 +190,7 @@ def find(
     nydusd_program: str | None = None,
     commands: Sequence[str] = (),
     with_floor: bool = True,
+    floor_poll_us: int | None = None,
 ) -> list[Contender]:
     """All that were asked for, ours first, the floor last."""
     found = []
@@ -207,6 +208,8 @@ def find(
     found += [command(text, material) for text in commands]
     if with_floor:
         found.append(floor_of(material, work))
+    if floor_poll_us is not None:
+        found.append(floor_of(material, work, ["--poll-us", str(floor_poll_us)], "floor polling"))
     return found
 
 

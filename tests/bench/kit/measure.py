@@ -67,7 +67,7 @@ class Comparison:
         """All sides, the floor last."""
         names = [each.name for each in self.contenders]
         names += [each.name for each in self.attached]
-        return sorted(names, key=lambda name: name == "floor")
+        return sorted(names, key=lambda name: name.startswith("floor"))
 
     def measure(self, cases: Sequence[Case]) -> list[CaseResult]:
         """All cases, in order within the ways in which back-ends have to be started."""
@@ -121,7 +121,7 @@ class Comparison:
         for name in running:
             idle = self.seen[name]["idle"]
             parts = ", ".join(f"{process} {us:.0f} us" for process, us in idle["cpu_us"])
-            click.echo(f"  {name:<11}{idle['wakeups']:.0f} sleeps, {parts}")
+            click.echo(f"  {name:<14}{idle['wakeups']:.0f} sleeps, {parts}")
 
     def _start_all(self, stack: ExitStack, queues: int, notes: dict[str, str]) -> dict[str, Entrant]:
         """All sides that have so many queues; why the others have not goes to *notes*."""

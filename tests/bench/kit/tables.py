@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.bench.kit.runs import Run
 
 _HEAD = (
-    f"  {'side':<11}{'ops/s':>10}{'GB/s':>6}{'cpu us':>10}"
+    f"  {'side':<14}{'ops/s':>10}{'GB/s':>6}{'cpu us':>10}"
     f"{'p50 us':>10}{'p99 us':>10}{'p99.9':>10}{'max us':>11}"
     f"{'calls':>7}{'sleeps':>7}{'kicks':>6}{'irqs':>6}{'PSS':>5}{'speed':>7}{'cpu':>6}"
 )
@@ -36,9 +36,9 @@ def lines(result: CaseResult) -> list[str]:
     for name, record in result.records.items():
         if record.runs:
             out.append(_line(result, name, record))
-            out += [f"  {'':<11}{text}" for text in remarks(result, name)]
+            out += [f"  {'':<14}{text}" for text in remarks(result, name)]
         else:
-            out.append(f"  {name:<11}{record.note}")
+            out.append(f"  {name:<14}{record.note}")
     return out
 
 
@@ -50,7 +50,7 @@ def _line(result: CaseResult, name: str, record: Record) -> str:
     if name != result.first and speed is not None:
         tail = f" {speed.median:>6.2f}" + (f" {cpu.median:>5.2f}" if cpu is not None else "")
     return (
-        f"  {name:<11}{number(m.ops_per_s):>10}{m.bytes_per_s / 1e9:>6.2f}{number(m.cpu_us):>10}"
+        f"  {name:<14}{number(m.ops_per_s):>10}{m.bytes_per_s / 1e9:>6.2f}{number(m.cpu_us):>10}"
         f"{m.p50_us:>10.1f}{m.p99_us:>10.1f}{m.p999_us:>10.1f}{m.max_us:>11.0f}"
         f"{_optional(record.syscalls, 2):>7}{m.wakeups:>7.2f}{m.kicks:>6.2f}{m.interrupts:>6.2f}"
         f"{pss:>5}{tail}"
