@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.sim.images import MadeImage, make_image
-from virtiofsd_rafs.cli._api import fetch_json
+from tests.sim.registry import Auth, RegistrySimulator
+from virtiofsd_rafs.cli._api import UnixConnection, fetch_json
 from virtiofsd_rafs.runtime.control import LOOP_NICE
 from virtiofsd_rafs.runtime.mount import FATAL, FRONTEND, MOUNT_BEGIN, MOUNT_BLOB, MOUNT_COMMIT, SHUTDOWN
 
@@ -268,6 +270,25 @@ def test_a_registry_that_is_away_ends_the_daemon_after_the_deadline(tmp_path: Pa
         words, _ = c.receive()
         assert words[:2] == (FATAL, 4)
         assert "backend.unreachable" in c.wait()[1]
+
+
+def test_an_image_is_asked_for_with_credentials_that_came_by_the_api(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "none"))
+    made = make_image(tmp_path / "made")
+    with RegistrySimulator(auth=Auth("basic", "me", "pw")) as sim:
+        sim.store.add_build("app", "1", made.folder)
+        sim.refuse()
+        c = Control(tmp_path, image=f"{sim.host}/app:1", cache_dir=None, plain_http=True)
+        peer = UnixConnection(c.api_path)
+        body = json.dumps({"registry_auth": base64.b64encode(b"me:pw").decode()})
+        peer.request("PUT", "/api/v1/config?id=/", body=body)
+        assert peer.getresponse().status == 204
+        peer.close()
+        sim.accept()
+        c.mounted()
+        assert c.end()[0] == 0
 
 
 def test_a_cache_folder_that_cannot_be_made_is_no_reason_to_fail(image: MadeImage, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class RemoteContent:
         self._reference = reference
         self._end = time.monotonic() + deadline_s
         self._fresh: tuple[str, bytes] | None = None
-        self._registry = MirroredRegistry(access.backend(reference), deadline_s=deadline_s)
+        self.registry = MirroredRegistry(access.backend(reference), deadline_s=deadline_s)
+        """Takes new credentials while it is used."""
 
     async def __aenter__(self) -> RemoteContent:
         return self
@@ -53,7 +54,7 @@ class RemoteContent:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._registry.close()
+        await self.registry.close()
 
     async def digest_of_tag(self) -> str:
         """The digest of what the reference's tag names now; the manifest itself is kept for ``manifest``."""
@@ -93,7 +94,7 @@ class RemoteContent:
         """One deadline for all steps. It ends the trying again, not a transfer that makes progress."""
 
         def attempt() -> Awaitable[T]:
-            return self._registry.call(work, key=key)
+            return self.registry.call(work, key=key)
 
         return await with_retries(attempt, deadline_s=self._end - time.monotonic(), what=what)
 

@@ -33,8 +33,9 @@ from virtiofsd_rafs.registry.manifest import (
 from virtiofsd_rafs.registry.reference import Reference, parse_reference
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from virtiofsd_rafs.backends.base import Renewable
     from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.image.layer import LayerFiles
 
@@ -76,6 +77,7 @@ async def resolve_image(
     plain_http: bool = False,
     access: RegistryAccess | None = None,
     deadline: float = 90.0,
+    asking: Callable[[Renewable], None] = lambda _: None,
 ) -> ResolvedImage:
     """The image that *image* names.
 
@@ -91,6 +93,7 @@ async def resolve_image(
             decides what the tag names then; a reference with a digest decides that itself.
         deadline: seconds to try again in while the registry is away. What trying again cannot cure ends at
             once.
+        asking: told what takes new credentials, before the registry is asked.
 
     Raises:
         ConfigError: no path, no reference, or options that do not fit.
@@ -121,6 +124,7 @@ async def resolve_image(
 
     access = RegistryAccess.of(access, plain_http=plain_http)
     async with RemoteContent(store, reference, access=access, deadline_s=deadline) as remote:
+        asking(remote.registry)
         walk = _Walk(reference, remote)
         if pull == "missing" and known is not None:
             # Damaged or cleared content of a known tag: what it named stays what it names.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from virtiofsd_rafs.backends.base import BlobSource
+    from virtiofsd_rafs.backends.base import BlobSource, Renewable
     from virtiofsd_rafs.backends.config import BackendConfig
     from virtiofsd_rafs.config import ServeConfig
     from virtiofsd_rafs.image.resolve import ResolvedImage
@@ -136,6 +136,7 @@ class _Control:
         self._config = config
         self._memory = memory
         self._source: BlobSource | None = None
+        self._resolver: Renewable | None = None  # asks for the image
         self._agent: Agent | None = None
         self._renewal: Renewal | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -163,12 +164,14 @@ class _Control:
         loop.add_signal_handler(signal.SIGTERM, gone.set)
         loop.add_reader(self._keeper.fileno(), self._keeper_readable, gone)
         view = View(self._session, self._config)
-        view.renewal = self._renewal = Renewal(lambda: self._source, self._renewed, self._memory)
+        renewal = Renewal(lambda: self._source or self._resolver, self._renewed, self._memory)
+        view.renewal = self._renewal = renewal
         stop_api = self._start_api(view)
         agent = None
         try:
             if mounted is None:
-                mounted = await _unless(gone, mounter.cold(self._open_source))
+                mounted = await _unless(gone, mounter.cold(self._open_source, self._resolving))
+                self._resolver = None
             if mounted is not None:
                 agent = self._start_agent(mounted, view)
                 await gone.wait()
@@ -213,6 +216,12 @@ class _Control:
                 if self._renewal is not None:
                     self._renewal.opened(self._source)
         return self._source
+
+    def _resolving(self, registry: Renewable) -> None:
+        """The image is asked for: with what came by the API before, and meanwhile."""
+        self._resolver = registry
+        if self._renewal is not None:
+            self._renewal.opened(registry)
 
     def _renewed(self) -> None:
         if self._agent is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from mmap import mmap
 
-    from virtiofsd_rafs.backends.base import BlobSource
+    from virtiofsd_rafs.backends.base import BlobSource, Renewable
     from virtiofsd_rafs.config import Pull, ServeConfig
     from virtiofsd_rafs.native.session import MountFds
     from virtiofsd_rafs.native.store import BlobInfo
@@ -178,9 +178,16 @@ class Mounter:
             return None
         return self._hand_over(image, store)
 
-    async def cold(self, open_source: Callable[[ResolvedImage], Awaitable[BlobSource]]) -> Mounted:
-        """Mounts the image, whatever it takes. Raises ImageError, BackendError, CacheError, ConfigError."""
-        image = await self._resolve(self._config.pull)
+    async def cold(
+        self,
+        open_source: Callable[[ResolvedImage], Awaitable[BlobSource]],
+        asking: Callable[[Renewable], None] = lambda _: None,
+    ) -> Mounted:
+        """Mounts the image, whatever it takes. Raises ImageError, BackendError, CacheError, ConfigError.
+
+        *asking* is told what takes new credentials while the image is looked for.
+        """
+        image = await self._resolve(self._config.pull, asking)
         store = self._store(image.bootstrap)
         missing = [blob for blob in store.blobs() if blob.needs_chunk_info]
         if missing:
@@ -224,7 +231,9 @@ class Mounter:
         _log.info("took over %s: %d blobs", self._config.image, store.n_blobs)
         return self._mounted(self._origin(), store, os.dup(fds.bootstrap))
 
-    def _resolve(self, pull: Pull) -> Coroutine[None, None, ResolvedImage]:
+    def _resolve(
+        self, pull: Pull, asking: Callable[[Renewable], None] = lambda _: None
+    ) -> Coroutine[None, None, ResolvedImage]:
         config = self._config
         return resolve_image(
             config.image,
@@ -234,6 +243,7 @@ class Mounter:
             plain_http=config.plain_http,
             access=config.registry,
             deadline=config.io_deadline_s,
+            asking=asking,
         )
 
     def _store(self, bootstrap: bytes | mmap) -> Store:

@@ -71,14 +71,14 @@ class Renewal:
     """Takes updates, and has them used.
 
     Args:
-        source: the source that is in use now; None while there is none.
+        source: what is in use now, the source or what asks for the image; None while there is none.
         renewed: called after the source could do better.
         memory: a memfd that outlives this process; None: what came is lost with it.
     """
 
     def __init__(
         self,
-        source: Callable[[], BlobSource | None],
+        source: Callable[[], BlobSource | Renewable | None],
         renewed: Callable[[], None],
         memory: int | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class Renewal:
         _log.info("renewed by the API: %s", ", ".join(changes))
         self._renewed()
 
-    def opened(self, source: BlobSource) -> None:
+    def opened(self, source: BlobSource | Renewable) -> None:
         """Brings a source that was opened just now up to date."""
         if isinstance(source, Renewable) and self._latest != CredentialUpdate():
             source.renew(self._latest)
