@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from pathlib import Path
@@ -170,13 +171,19 @@ def pss_kib(pid: int) -> int:
     return sum(each.pss for each in memory(pid))
 
 
+@functools.cache
+def _cpus() -> list[int]:
+    """What this process may use before it pins itself."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def pin(pids: list[int]) -> None:
     """This process on the first CPU, all threads of *pids* on the others, if there are others.
 
     On one CPU a front-end and a back-end share its cache, as no guest does: the scheduler's mood would decide
     all.
     """
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = _cpus()
     for pid in pids:
         for task in os.listdir(f"/proc/{pid}/task"):
             os.sched_setaffinity(int(task), cpus[1:] or cpus)

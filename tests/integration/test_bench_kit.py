@@ -152,9 +152,15 @@ def test_a_side_with_too_few_queues_or_that_ends_is_told_and_left_out(
     one = f"one={program} --socket {{socket}} --data {data} --queues 1"
     options = ["--no-pin", "--dir", str(tree), "--work", str(short_dir), "--json", str(out), "--no-own"]
     options += ["--virtiofsd", "none", "--command", one, "--rounds", "1", "--seconds", "0.05"]
-    bench("operations", *options, "--case", "getattr qd32")
+    bad = "bad=sh -c 'echo no such option; exit 3' {socket}"
+    output = bench("operations", *options, "--command", bad, "--case", "getattr qd32")
+    assert "bad: sh ended with exit code 3" in output
+    assert "no such option" in output
     cases = {case["name"]: case["sides"] for case in json.loads(out.read_text())["results"]["cases"]}
     assert cases["getattr qd32"]["one"]["runs"]
+    note = cases["getattr qd32"]["bad"]["note"]
+    assert "exit code 3" in note
+    assert "\n" not in note
     for name in ("getattr qd32 x 2 queues", "getattr qd32 x 4 queues"):
         assert cases[name]["one"]["note"] == "offers 1 request queue"
         assert not cases[name]["one"]["runs"]

@@ -384,6 +384,17 @@ def test_usage_leaves_out_what_began_and_ended_meanwhile() -> None:
     assert (mine.cpu_ns, mine.wakeups) == (0, 0)
 
 
+def test_pinning_knows_all_processors_also_the_second_time() -> None:
+    script = (
+        "import os, subprocess, sys; from tests.bench import processes; n = os.sched_getaffinity(0)\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "for _ in range(2): processes.pin([child.pid])\n"
+        "found = os.sched_getaffinity(0), os.sched_getaffinity(child.pid); child.kill(); child.wait()\n"
+        "assert found == ({min(n)}, n - {min(n)} or n), (found, n)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def child_of_nobody() -> int:
     """A pid that has been used and is free again."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:

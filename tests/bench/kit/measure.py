@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
+from guest.daemon import DaemonError
 from tests.bench import processes, sides
 from tests.bench.kit import contenders as who
 from tests.bench.kit import runs, tables
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 Tree = dict[bytes, "TreeEntry"]
 # Of a back-end that fails, is gone or does not answer: the others go on.
-FAILURES = (OSError, PeerError, RuntimeError)
+FAILURES = (OSError, PeerError, RuntimeError, DaemonError)
 # A slow link: 100 Mbit/s, 20 ms.
 BANDWIDTH, LATENCY_S = 12.5e6, 0.02
 IDLE_AFTER_S, IDLE_S = 0.05, 1.0
@@ -129,30 +130,28 @@ class Comparison:
         opened: dict[str, tuple[sides.Side, Contender | None]] = {}
         for contender in self.contenders:
             folder = self._folder(contender.name, first)
-            try:
+            with _telling(contender.name, notes):
                 side = sides.start(contender.name, contender.start(folder), queues=queues)
-            except PeerError as error:
-                notes[contender.name] = too_few_queues(str(error))
-                click.echo(f"{contender.name}: {notes[contender.name]}")
-                continue
-            opened[contender.name] = (stack.enter_context(side), contender)
+                opened[contender.name] = (stack.enter_context(side), contender)
         for each in self.attached:
             if queues > 1 or not first:
                 notes[each.name] = "attached: it takes one connection only, with one request queue"
-            else:
+                continue
+            with _telling(each.name, notes):
                 opened[each.name] = (stack.enter_context(each.connect()), None)
-        if not opened:
-            raise click.UsageError("nothing to measure")
         self._pin([side for side, _ in opened.values()])
         trees: dict[str, Tree] = {}
         running = {}
         for name in filter(opened.__contains__, self.names):
             side, its = opened[name]
-            tree = side.fe.read_tree(content=first, xattrs=first)
-            if its is None or its.same_tree:
-                trees[name] = tree
-            data = its.data(self.work / name) if its is not None and its.data is not None else None
-            running[name] = Entrant(side, find_targets(side.fe, tree), data)
+            with _telling(name, notes):
+                tree = side.fe.read_tree(content=first, xattrs=first)
+                data = its.data(self.work / name) if its is not None and its.data is not None else None
+                running[name] = Entrant(side, find_targets(side.fe, tree), data)
+                if its is None or its.same_tree:
+                    trees[name] = tree
+            if name not in running:
+                continue
             if first:
                 self.seen[name] = {
                     "version": its.version if its is not None else "",
@@ -165,6 +164,8 @@ class Comparison:
                         name, **self.seen[name]
                     )
                 )
+        if not running:
+            raise click.ClickException("there is nothing to measure")
         if first:
             compare_trees(trees)
         return running
@@ -215,8 +216,8 @@ class Comparison:
             yield
         except FAILURES as error:
             del running[name]
-            notes[name] = f"out since {result.name}: {error}"
-            result.records[name].note = f"failed: {error}"
+            notes[name] = f"out since {result.name}: {_line(error)}"
+            result.records[name].note = f"failed: {_line(error)}"
 
     # --- sides that are started anew for each run, over a registry ---
 
@@ -236,7 +237,7 @@ class Comparison:
                         try:
                             record.runs.append(self._cold_run(case, contender, sim, record))
                         except FAILURES as error:
-                            record.note = f"failed: {error}"
+                            record.note = f"failed: {_line(error)}"
                         sim.clear_faults()
         return self._say(result)
 
@@ -267,6 +268,22 @@ def _why_not(case: Case, entrant: Entrant) -> str | None:
     if case.what == "disk" and not entrant.data:
         return "n/a: its files are not known, or mapped, so that their pages cannot be dropped"
     return runs.not_needed(entrant.side, case, entrant.targets)
+
+
+@contextmanager
+def _telling(name: str, notes: dict[str, str]) -> Iterator[None]:
+    """What keeps a side from taking part is said and noted."""
+    try:
+        yield
+    except FAILURES as error:
+        text = too_few_queues(str(error))
+        notes[name] = _line(text)
+        click.echo(f"{name}: {text}")
+
+
+def _line(text: object) -> str:
+    """The first line, which a row of a table has room for."""
+    return str(text).partition("\n")[0]
 
 
 def too_few_queues(text: str) -> str:
