@@ -161,6 +161,12 @@ class BadReply(BackendError):
     msgid = "backend.bad-reply"
 
 
+class RangeIgnored(BadReply):
+    """The server answered a range request with the whole blob, and the slice lies too deep in it."""
+
+    msgid = "backend.range-ignored"
+
+
 class UntrustedServer(BackendError):
     """TLS cannot be set up with the server: its certificate is not trusted, or it speaks no TLS at all."""
 

@@ -71,7 +71,8 @@ def test_bursts_of_errors_cost_nothing(
     read_everything(served)
     served.check_ring()
     log = served.daemon.status()["fetch_log"]
-    assert all(f.hits == 3 for f in served.sim.faults)
+    # After one whole answer instead of a range the blob is asked for as a whole, once.
+    assert all(f.hits == 3 for f in served.sim.faults) or fault == "ignore-range"
     # A whole answer needs no second try; aiohttp itself asks again when a kept connection ended before any.
     assert any(entry["attempt"] > 1 for entry in log) or fault in ("ignore-range", "reset")
     assert served.session.status()["counters"]["errors"] == 0

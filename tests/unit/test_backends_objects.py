@@ -24,10 +24,11 @@ from virtiofsd_rafs.errors import (
     BadReply,
     ConfigError,
     CredentialsExpired,
+    RangeIgnored,
     Unreachable,
 )
 from virtiofsd_rafs.image.resolve import ResolvedImage
-from virtiofsd_rafs.registry.protocol import BodyPlan, RangeIgnored, ReplyHead
+from virtiofsd_rafs.registry.protocol import BodyPlan, ReplyHead
 from virtiofsd_rafs.registry.secret import Secret
 
 if TYPE_CHECKING:

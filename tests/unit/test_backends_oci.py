@@ -24,12 +24,13 @@ from virtiofsd_rafs.errors import (
     BadReply,
     ConfigError,
     NotFound,
+    RangeIgnored,
     Throttled,
     Unreachable,
     UntrustedServer,
 )
 from virtiofsd_rafs.image.resolve import ResolvedImage
-from virtiofsd_rafs.registry.protocol import DEFAULT_MAX_SKIP, RangeIgnored
+from virtiofsd_rafs.registry.protocol import DEFAULT_MAX_SKIP
 from virtiofsd_rafs.registry.reference import parse_reference
 
 if TYPE_CHECKING:

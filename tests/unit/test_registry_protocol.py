@@ -6,14 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtiofsd_rafs.errors import AuthError, BackendError, BadReply, NotFound, Throttled, Unreachable
+from virtiofsd_rafs.errors import (
+    AuthError,
+    BackendError,
+    BadReply,
+    NotFound,
+    RangeIgnored,
+    Throttled,
+    Unreachable,
+)
 from virtiofsd_rafs.registry.protocol import (
     MAX_REDIRECTS,
     MAX_RETRY_AFTER_S,
     BodyPlan,
     Endpoint,
     Exchange,
-    RangeIgnored,
     ReplyHead,
     Step,
     plan_range_body,

@@ -11,6 +11,8 @@ import attrs
 from virtiofsd_rafs.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from virtiofsd_rafs.backends.config import RegistryAccess
     from virtiofsd_rafs.registry.secret import Secret
 
@@ -118,6 +120,31 @@ class BlobSource(Protocol):
 
     async def close(self) -> None:
         """Gives up connections and files. The source is not used afterwards."""
+        ...
+
+
+class WholeBlob(Protocol):
+    """A reply with all of a blob, which is read once from its beginning to its end."""
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """The bytes, from the first one on. Raises BackendError when they break off or trickle."""
+        ...
+
+    async def close(self) -> None:
+        """Gives up what was not read."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A source whose servers may send the whole blob, whatever range is asked for."""
+
+    def ignores_ranges(self, blob_id: str) -> bool:
+        """Whether they did that when they were asked last: each range costs all in front of it."""
+        ...
+
+    async def open_whole(self, blob_id: str, offset: int, length: int) -> WholeBlob | None:
+        """All of the blob; None when a request for this range shows that ranges are honoured by now."""
         ...
 
 

@@ -6,17 +6,15 @@ import asyncio
 import hashlib
 import logging
 import time
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from virtiofsd_rafs.errors import AuthError, BadReply, DigestMismatch
+from virtiofsd_rafs.errors import AuthError, BadReply, DigestMismatch, RangeIgnored
 from virtiofsd_rafs.registry.auth import MAX_TOKEN_BODY, REFUSED_PAUSE_S, Authenticator, Ready, TokenRequest
 from virtiofsd_rafs.registry.manifest import ACCEPT, MAX_MANIFEST_LEN, Descriptor, verify_digest
 from virtiofsd_rafs.registry.protocol import (
-    DEFAULT_MAX_SKIP,
     BodyPlan,
     Exchange,
-    RangeIgnored,
     Request,
     Step,
     check_ok,
@@ -38,6 +36,10 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.registry.protocol import Endpoint
     from virtiofsd_rafs.registry.secret import Secret
 
+# How much of a 200 reply may be skipped to reach the wanted slice before the reply is given up.
+_MAX_SKIP = 1 << 20
+# And where this is the server's habit: whoever reads more than a range asks for the whole blob once.
+_MAX_SKIP_AGAIN = 64 << 10
 # After this many ranges that were answered with the whole blob, the slice is cut out whatever it costs: the
 # server will not learn.
 _IGNORED_BEFORE_SLICING = 3
@@ -157,12 +159,38 @@ class RegistryClient:
 
     async def read_range(self, digest: str, offset: int, length: int) -> bytes:
         """Exactly *length* bytes of a blob at *offset*."""
+        # As it was known when it was asked: what was under way together has been answered by one habit.
+        slices = self._ignored.get(digest, 0) >= _IGNORED_BEFORE_SLICING
         async with self._range(digest, offset, length) as (reply, _):
-            exact = await reply.read(self._plan(reply, digest, offset, length))
-            honoured = reply.head.status == 206
-        if honoured:
+            plan = self._plan(reply, digest, offset, length, slices=slices)
+            exact = await reply.read(plan)
+        if reply.head.status == 206:
             self._ignored.pop(digest, None)
+        elif offset or not plan.ends:
+            self._note_ignored(digest)
         return exact
+
+    def ignores_ranges(self, digest: str) -> bool:
+        """Whether the latest range of the blob was answered with all of it."""
+        return digest in self._ignored
+
+    async def open_whole(self, digest: str, offset: int, length: int) -> WholeReply | None:
+        """The reply that begins at the blob's first byte, whatever is asked for; see Streaming."""
+        stack = AsyncExitStack()
+        try:
+            asked = self._range(digest, offset, length)
+            reply, what = await stack.enter_async_context(asked)
+            if reply.head.status == 206:
+                self._ignored.pop(digest, None)
+                await reply.drain()
+                await stack.aclose()
+                return None
+            check_ok(reply.head, (200,), what, now=time.time())
+            self._note_ignored(digest)
+            return WholeReply(reply, stack)
+        except BaseException:
+            await stack.aclose()
+            raise
 
     async def blob_size(self, digest: str) -> int:
         """The length of a blob, from the reply to a request for its first byte.
@@ -197,17 +225,20 @@ class RegistryClient:
                     download.take(piece)
         download.finish()
 
-    def _plan(self, reply: Reply, digest: str, offset: int, length: int) -> BodyPlan:
-        max_skip = DEFAULT_MAX_SKIP
-        if self._ignored.get(digest, 0) >= _IGNORED_BEFORE_SLICING:
+    def _plan(self, reply: Reply, digest: str, offset: int, length: int, *, slices: bool = False) -> BodyPlan:
+        max_skip = _MAX_SKIP_AGAIN if digest in self._ignored else _MAX_SKIP
+        if slices:
             max_skip = 1 << 63
         try:
             return plan_range_body(
                 reply.head, offset, length, what=self._blob(digest), now=time.time(), max_skip=max_skip
             )
         except RangeIgnored:
-            self._ignored[digest] = self._ignored.get(digest, 0) + 1
+            self._note_ignored(digest)
             raise
+
+    def _note_ignored(self, digest: str) -> None:
+        self._ignored[digest] = self._ignored.get(digest, 0) + 1
 
     def _blob(self, digest: str) -> str:
         return f"blob {digest[:19]} of {self.name}"
@@ -328,6 +359,22 @@ class RegistryClient:
         async with await self._http.open(request, plan.authorization, body) as reply:
             data = await reply.read_all(MAX_TOKEN_BODY) if reply.head.status == 200 else b""
             return self._auth.token_reply(plan, reply.head, data, now=time.monotonic(), wall=time.time())
+
+
+class WholeReply:
+    """All of a blob, on its way; see WholeBlob."""
+
+    def __init__(self, reply: Reply, stack: AsyncExitStack) -> None:
+        self._reply = reply
+        self._stack = stack
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """See WholeBlob."""
+        return self._reply.chunks()
+
+    async def close(self) -> None:
+        """See WholeBlob."""
+        await self._stack.aclose()
 
 
 class Download:

@@ -31,11 +31,12 @@ from virtiofsd_rafs.errors import (
     BackendError,
     DigestMismatch,
     NotFound,
+    RangeIgnored,
     Throttled,
     UntrustedServer,
 )
 from virtiofsd_rafs.registry.auth import Credentials, credentials_of
-from virtiofsd_rafs.registry.protocol import Endpoint, RangeIgnored
+from virtiofsd_rafs.registry.protocol import Endpoint
 from virtiofsd_rafs.registry.reference import api_host
 from virtiofsd_rafs.registry.secret import Secret
 
@@ -188,6 +189,15 @@ class MirroredRegistry:
             except (BackendError, DigestMismatch) as e:
                 errors.append((place, e))
         raise _worst(errors)
+
+    def ignores_ranges(self, key: str) -> bool:
+        """See Streaming: whether all places do that may be asked for *key* now."""
+        now = time.monotonic()
+        return all(
+            place.client.ignores_ranges(key)
+            for place in self._places
+            if place.is_origin or (place.health.state(now) is State.WELL and not place.lacks(key, now))
+        )
 
     def wrong_bytes(self, key: str, offset: int, length: int, label: str) -> None:
         """The bytes that *label* sent for this range were wrong: another place is asked for them next."""

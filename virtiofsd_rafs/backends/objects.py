@@ -24,13 +24,13 @@ from virtiofsd_rafs.errors import (
     BadReply,
     CredentialsExpired,
     NotFound,
+    RangeIgnored,
     Throttled,
     Unreachable,
 )
 from virtiofsd_rafs.registry.protocol import (
     MAX_REDIRECTS,
     BodyPlan,
-    RangeIgnored,
     ReplyHead,
     Request,
     join_url,

@@ -12,7 +12,7 @@ from virtiofsd_rafs.errors import AuthError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from virtiofsd_rafs.backends.base import SourceReport
+    from virtiofsd_rafs.backends.base import SourceReport, WholeBlob
     from virtiofsd_rafs.backends.client import RegistryClient
     from virtiofsd_rafs.backends.config import RegistryBackend
 
@@ -61,6 +61,15 @@ class OciSource:
             known = await self._call(lambda client: client.blob_size(digest), key=digest)
             self._sizes[blob_id] = known
         return known
+
+    def ignores_ranges(self, blob_id: str) -> bool:
+        """See Streaming."""
+        return self._registry.ignores_ranges(sha256_digest(blob_id))
+
+    async def open_whole(self, blob_id: str, offset: int, length: int) -> WholeBlob | None:
+        """See Streaming."""
+        digest = sha256_digest(blob_id)
+        return await self._call(lambda client: client.open_whole(digest, offset, length), key=digest)
 
     async def _call(
         self,

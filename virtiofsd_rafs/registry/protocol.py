@@ -32,6 +32,7 @@ from virtiofsd_rafs.errors import (
     BackendError,
     BadReply,
     NotFound,
+    RangeIgnored,
     Throttled,
     Unreachable,
 )
@@ -51,12 +52,6 @@ DEFAULT_MAX_SKIP = 8 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _PRINTABLE = "".join(chr(c) for c in range(0x21, 0x7F))
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,19})")
-
-
-class RangeIgnored(BadReply):
-    """The server answered a range request with the whole blob, and the slice lies too deep in it."""
-
-    msgid = "backend.range-ignored"
 
 
 @attrs.frozen

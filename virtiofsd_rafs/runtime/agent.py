@@ -12,12 +12,13 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from virtiofsd_rafs.backends.base import ANSWERED_BY, Distrustful
+from virtiofsd_rafs.backends.base import ANSWERED_BY, Distrustful, Streaming
 from virtiofsd_rafs.cache.eviction import Eviction
-from virtiofsd_rafs.errors import BackendError, BadReply, Throttled, VirtiofsdRafsError
+from virtiofsd_rafs.errors import BackendError, BadReply, RangeIgnored, Throttled, VirtiofsdRafsError
 from virtiofsd_rafs.native.store import DECODE_ERROR, DIGEST_MISMATCH, OK, OUTCOME_NAMES, trim
 from virtiofsd_rafs.runtime.first_start import FirstStart
 from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls, runs_of
@@ -25,13 +26,14 @@ from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import NOBODY, Origin, Posted
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from virtiofsd_rafs.backends.base import BlobSource
     from virtiofsd_rafs.config import ServeConfig
     from virtiofsd_rafs.native.session import Post, Trace
     from virtiofsd_rafs.native.store import Store
     from virtiofsd_rafs.runtime.layout import Key
+    from virtiofsd_rafs.runtime.streams import Streams
     from virtiofsd_rafs.runtime.wants import Fetch
 
 T = TypeVar("T")
@@ -135,6 +137,7 @@ class Agent:
         )
         self.eviction = Eviction(store, config.cache_size)
         self.stalls = Stalls()
+        self._streams: Streams | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -300,14 +303,8 @@ class Agent:
         told = False
         result, n_bytes = "internal.bug", 0
         try:
-            # Nothing here keeps the bytes alive longer than the store needs them.
-            ingest = partial(
-                self._store.ingest, fetch.blob, fetch.offset, await self._read(fetch), fetch.chunks
-            )
+            outcomes = await self._bring(fetch)
             n_bytes = fetch.length
-            self.eviction.hold(fetch.blob, fetch.wants, self._io_deadline_s)
-            outcomes = await self._run(ingest)
-            del ingest
             self.eviction.hold(fetch.blob, fetch.wants, self._io_deadline_s)  # some came meanwhile
             self.eviction.stored()
             self._tell_disk_trouble()
@@ -328,19 +325,95 @@ class Agent:
             self._metrics.fetched(self._record(fetch, started_ns, result), n_bytes)
             self.stalls.add(self._session.trace())  # before newer ones overwrite them
 
-    async def _read(self, fetch: Fetch) -> bytes:
+    async def _bring(self, fetch: Fetch) -> bytes:
+        """Fetches and stores; an outcome for each chunk."""
         source = await self._source()
+        if isinstance(source, Streaming) and source.ignores_ranges(self._blob_ids[fetch.blob]):
+            passed = await self._pass(source, fetch)
+            if passed is not None:
+                return passed
+        try:
+            data = [await self._read(source, fetch)]
+        except RangeIgnored:
+            passed = await self._pass(source, fetch) if isinstance(source, Streaming) else None
+            if passed is None:
+                raise
+            return passed
+        # Nothing here keeps the bytes alive longer than the store needs them.
+        ingest = partial(self._store.ingest, fetch.blob, fetch.offset, data.pop(), fetch.chunks)
+        self.eviction.hold(fetch.blob, fetch.wants, self._io_deadline_s)
+        return await self._run(ingest)
+
+    async def _read(self, source: BlobSource, fetch: Fetch) -> bytes:
         blob_id = self._blob_ids[fetch.blob]
+        async with self._deadline():
+            data = await source.read_range(blob_id, fetch.offset, fetch.length)
+        if len(data) != fetch.length:
+            raise BadReply(f"{len(data)} bytes came instead of {fetch.length}")
+        return data
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        """Nothing is waited for longer than a read may last."""
         try:
             async with asyncio.timeout(self._io_deadline_s):
-                data = await source.read_range(blob_id, fetch.offset, fetch.length)
+                yield
         except TimeoutError as e:
             if isinstance(e, BackendError):
                 raise
             raise BadReply(f"no answer within {self._io_deadline_s:g} s") from e
-        if len(data) != fetch.length:
-            raise BadReply(f"{len(data)} bytes came instead of {fetch.length}")
-        return data
+
+    async def _pass(self, source: Streaming, fetch: Fetch) -> bytes | None:
+        """Waits until a stream of the whole blob has passed; None when ranges are honoured by now."""
+        if self._streams is None:
+            # Few servers need it, and all starts would pay for it.
+            from virtiofsd_rafs.runtime.streams import Streams
+
+            self._streams = Streams(
+                layout=self.planner.layout,
+                take=self._take_passing,
+                spawn=self._spawn,
+                keeps=lambda: self.first_start.keeps_all,
+            )
+        async with self._deadline():
+            return await self._streams.bring(source, fetch.blob, self._blob_ids[fetch.blob], fetch.chunks)
+
+    async def _take_passing(
+        self, blob: int, base: int, data: bytes, chunks: Sequence[int], awaited: Sequence[int]
+    ) -> bytes:
+        """Stores what a stream brings. What nobody has asked for is logged here, the rest with its fetch."""
+        started_ns = time.monotonic_ns()
+        self.eviction.hold(blob, awaited, self._io_deadline_s)
+        outcomes = await self._run(partial(self._store.ingest, blob, base, data, chunks))
+        self.eviction.hold(blob, awaited, self._io_deadline_s)
+        self.eviction.stored()
+        self._tell_disk_trouble()
+        asked = set(awaited)
+        others = [(c, o) for c, o in zip(chunks, outcomes, strict=True) if c not in asked]
+        for _, outcome in others:
+            self._metrics.chunks[OUTCOME_NAMES[outcome]] += 1
+        if others:
+            places = self._store.chunks(blob)
+            n_bytes = sum(places.lengths[chunk] for chunk, _ in others)
+            record = FetchRecord(
+                started_ns=started_ns,
+                ended_ns=time.monotonic_ns(),
+                blob_index=blob,
+                offset=places.offsets[others[0][0]],
+                length=n_bytes,
+                n_chunks=len(others),
+                n_wanted=0,
+                attempt=1,
+                nodeid=0,
+                file_offset=0,
+                result=OUTCOME_NAMES[next((o for _, o in others if o != OK), OK)],
+                reason="fill",
+                runs=runs_of((chunk, "fill") for chunk, _ in others),
+                source=ANSWERED_BY.get(),
+            )
+            self._metrics.fetched(record, n_bytes)
+        self._session.wake()
+        return outcomes
 
     def _tell_disk_trouble(self) -> None:
         """Once, and not per chunk: a full disk refuses them all."""

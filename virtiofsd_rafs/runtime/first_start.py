@@ -129,13 +129,25 @@ class FirstStart:
             self._fill = "waiting"
             self._later(_TICK_S)
 
-    def _fits(self) -> bool:
+    @property
+    def _size(self) -> int:
+        """Of the image, as the cache holds it."""
+        return sum(self._store.blob(index).uncompressed_size for index in self._blobs)
+
+    @property
+    def keeps_all(self) -> bool:
         """Whether all of the image may stay in the cache: else the end of it would push out its beginning."""
-        size = sum(self._store.blob(index).uncompressed_size for index in self._blobs)
+        on_disk = all(self._store.chunks(index).has_data for index in self._blobs)
+        return on_disk and (not self._config.cache_size or self._size <= self._config.cache_size)
+
+    def _fits(self) -> bool:
+        """Whether what is asked for would stay; told if not."""
         whole = self._config.prefetch == "all" or self._config.fill != "never"
-        fits = not self._config.cache_size or size <= self._config.cache_size
+        fits = self.keeps_all
         if whole and not fits:
-            _log.warning("the image has %d bytes, above --cache-size: it is fetched on demand only", size)
+            _log.warning(
+                "the image has %d bytes, above --cache-size: it is fetched on demand only", self._size
+            )
         return fits
 
     async def close(self) -> None:

@@ -93,7 +93,7 @@ class Planner:
         )
         self.background = Background(
             blobs=blobs,
-            layout=self._layout,
+            layout=self.layout,
             absent=self._absent,
             hinted=lambda blob, chunk: blobs[blob].hinted(chunk),
             link=self.link,
@@ -245,7 +245,7 @@ class Planner:
     def _came_from_another(self, key: Key) -> None:
         """What was left to another daemon is there."""
         self.counters.left_to_others += 1
-        layout = self._layout(key[0])
+        layout = self.layout(key[0])
         offset = layout.chunks.offsets[key[1]]
         self._read_ahead.followed(layout, key[0], offset, offset + layout.chunks.lengths[key[1]])
 
@@ -375,7 +375,8 @@ class Planner:
 
     # -- how ------------------------------------------------------------------------------------------------
 
-    def _layout(self, blob: int) -> Layout:
+    def layout(self, blob: int) -> Layout:
+        """The chunks of *blob* by place."""
         layout = self._layouts.get(blob)
         if layout is None:
             layout = self._layouts[blob] = Layout(self._blobs[blob])
@@ -384,7 +385,7 @@ class Planner:
     def _plan(self, want: Want, now: float) -> Fetch:
         """The fetch for *want*, which has just left the queue."""
         blob, chunk = want.key
-        layout = self._layout(blob)
+        layout = self.layout(blob)
         offsets, lengths = layout.chunks.offsets, layout.chunks.lengths
         start, end = offsets[chunk], offsets[chunk] + lengths[chunk]
         chunks = [chunk]
