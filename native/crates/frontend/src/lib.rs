@@ -10,7 +10,8 @@
 //! | [`memory`] | guest memory from memfds, regions at any guest-physical address, an allocator |
 //! | [`ring`] | the driver's side of one split ring, and what a device may not do to it |
 //! | [`exchange`] | the buffers of one request: framing, poison, checks after completion |
-//! | [`queue`] | a ring with its eventfds, shared by threads: requests, waiting, pausing, quarantine |
+//! | [`state`] | a ring with its eventfds, shared by threads; completions, quarantine |
+//! | [`queue`] | its requests: submitting, taking replies; waiting and pausing in modules of their own |
 //! | [`port`] | the way by which native loops use a queue: batches, no allocation |
 //! | [`spec`], [`load`], [`histogram`] | what a load does, its loops with content checks, its latencies |
 //! | [`walk`] | a whole tree listed as a guest lists it |
@@ -33,6 +34,7 @@ pub mod port;
 pub mod queue;
 pub mod ring;
 pub mod spec;
+pub mod state;
 pub mod sys;
 #[cfg(test)]
 mod testing;

@@ -7,17 +7,11 @@ use crate::error::Error;
 use crate::exchange::verify_untouched;
 use crate::fault::FaultKind;
 use crate::memory::Span;
-use crate::queue::{Queue, State};
 use crate::ring::Ring;
+use crate::state::{Queue, Snapshot, State};
 
 /// Rings of earlier resets that are still watched.
 const RETIRED_RINGS: usize = 64;
-
-/// What a stopped queue must look like until it goes on.
-pub(crate) struct Snapshot {
-    used_idx: u16,
-    watched: Vec<(Arc<Span>, u64)>,
-}
 
 impl Queue {
     /// Looks at everything that must not change: buffers in quarantine, rings of earlier resets, and, while

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::exchange::Exchange;
-use crate::queue::{Leader, PORT_TAG, Queue, State};
+use crate::state::{Leader, PORT_TAG, Queue, State};
 use crate::sys::{self, Until};
 
 /// How a loop waits for completions.

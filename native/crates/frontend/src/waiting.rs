@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 use crate::fault::FaultKind;
 use crate::fuse::OutHeader;
-use crate::queue::{Leader, Queue, State};
+use crate::state::{Leader, Queue, State};
 use crate::sys::{self, Until};
 
 /// Between a completion and its interrupt, on a busy host.
