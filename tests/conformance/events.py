@@ -242,12 +242,14 @@ def _one_kick(subject: Subject) -> None:
         node = vm.node("f00")
         vm.fe.set_vring_enable(1, False)
         vm.fe.get_features()
-        bases = vm.fe.get_vring_base(1)
+        base = vm.fe.get_vring_base(1)
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # Nobody listens to the front-end's own kicks now.
         tokens = [vm.fe.request(Opcode.GETATTR, node, bytes(16), 104) for _ in range(200)]
-        vm.fe.set_vring_base(1, bases)
+        vm.fe.set_vring_num(1, vm.fe.queue_size)
+        vm.fe.set_vring_base(1, base)
         vm.fe.set_vring_addr(1)
+        vm.fe.swap_call(1)
         vm.fe.set_vring_kick(1, fd)
         vm.fe.set_vring_enable(1, True)
         os.eventfd_write(fd, 1)

@@ -188,12 +188,7 @@ def _kick_before_enable(subject: Subject) -> None:
             fe.go_on(queue)
         tokens = _ask(vm, 2)
         for queue, base in enumerate(bases):
-            fe.set_vring_num(queue, fe.queue_size)
-            fe.set_vring_base(queue, base)
-            fe.set_vring_addr(queue)
-            fe.swap_call(queue)
-            fe.set_vring_kick(queue, fe.kick_fd(queue))
-            fe.kick(queue)
+            vm.start_ring(queue, base, enable=False)
         fe.get_features()
         _silent(vm, "a ring that was never enabled")
         for queue in range(fe.n_queues):
@@ -247,11 +242,7 @@ def _stopped(subject: Subject) -> None:
             fe.kick(1)
         _silent(vm, "a stopped ring")
         fe.thaw(1)
-        fe.set_vring_base(1, base)
-        fe.set_vring_addr(1)
-        fe.set_vring_kick(1, fe.kick_fd(1))
-        fe.kick(1)
-        fe.set_vring_enable(1, True)
+        vm.start_ring(1, base)
         _answered(vm, tokens)
         vm.serves()
 
@@ -267,10 +258,7 @@ def _one_stopped(subject: Subject) -> None:
         node = vm.node("f00")
         base = vm.fe.get_vring_base(1)
         ensure(vm.fe.forget(node).used_len in (0, 16), "FORGET was answered at length")
-        vm.fe.set_vring_base(1, base)
-        vm.fe.set_vring_addr(1)
-        vm.fe.set_vring_kick(1, vm.fe.kick_fd(1))
-        vm.fe.set_vring_enable(1, True)
+        vm.start_ring(1, base)
         vm.forget_nodes()
         vm.serves()
 

@@ -100,6 +100,18 @@ class Vm:
                 raise NotOffered(str(e)) from e
             raise
 
+    def start_ring(self, queue: int, base: int, *, enable: bool = True) -> None:
+        """Sets a stopped ring up again, all of it, as VMMs do: some back-ends drop descriptors at a stop."""
+        self.fe.set_vring_num(queue, self.fe.queue_size)
+        self.fe.set_vring_base(queue, base)
+        self.fe.set_vring_addr(queue)
+        self.fe.swap_call(queue)
+        # Handed out already signalled, so that nothing in the ring is overlooked.
+        self.fe.kick(queue)
+        self.fe.set_vring_kick(queue, self.fe.kick_fd(queue))
+        if enable:
+            self.fe.set_vring_enable(queue, True)
+
     def plug(self, gpa: int, size: int) -> int:
         """Adds memory, of which the back-end knows when this returns; its address."""
         region = self.fe.add_region(Region(gpa=gpa, size=size))

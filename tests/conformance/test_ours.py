@@ -24,4 +24,4 @@ def test_conforms(check: Check, request: pytest.FixtureRequest, start_ours: Call
     else:
         verdict = judge(check, request.getfixturevalue("shared"))
     says = f"{check.title}.\n{check.source}: {check.says}"
-    assert verdict.passed, f"{verdict.word}: {verdict.how}\n{says}"
+    assert verdict.passed, f"{verdict.word}: {verdict.how} ({verdict.where})\n{says}"

@@ -37,18 +37,24 @@ class Tree:
         return [name for name in self.files if name.startswith("f")]
 
 
-def make_tree(root: Path) -> Tree:
-    """Writes the tree into *root*, a new directory; the same bytes each time."""
+def load_tree(root: Path) -> Tree:
+    """The tree that ``make_tree`` wrote into *root*. It follows from a seed, so nothing is read."""
     rng = random.Random(65)
     files = {f"f{i:02}": rng.randbytes(rng.randrange(1, 40_000)) for i in range(24)}
     files |= {f"cold{i:03}": rng.randbytes(COLD_SIZE) for i in range(N_COLD)}
     files |= {"big": rng.randbytes(2 * MiB), "empty": b"", "run.sh": b"#!/bin/sh\n"}
+    return Tree(root, files)
+
+
+def make_tree(root: Path) -> Tree:
+    """Writes the tree into *root*, a new directory; the same bytes each time."""
+    tree = load_tree(root)
     root.mkdir(parents=True)
-    for name, data in files.items():
+    for name, data in tree.files.items():
         (root / name).write_bytes(data)
     (root / "run.sh").chmod(0o755)
     (root / "link").symlink_to("big")
     (root / "many").mkdir()
     for i in range(200):
         (root / "many" / f"n{i:03}").touch()
-    return Tree(root, files)
+    return tree

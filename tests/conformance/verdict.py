@@ -19,10 +19,11 @@ OK, DIFFERS, DIES, HANGS, NOT_OFFERED = "ok", "differs", "dies", "hangs", "not o
 
 @attrs.frozen
 class Verdict:
-    """One of the words above, and how it came."""
+    """One of the words above, how it came, and at which line of the check."""
 
     word: str
     how: str = ""
+    where: str = ""
 
     @property
     def passed(self) -> bool:
@@ -40,6 +41,6 @@ def judge(check: Check, subject: Subject) -> Verdict:
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)
         ours = [frame for frame in where if "/conformance/" in frame.filename]
-        doing = f" (while: {ours[-1].line})" if ours else ""
-        return Verdict(HANGS if hangs(e) else DIFFERS, f"{e}{doing}")
+        line = f"{ours[-1].name}: {ours[-1].line}" if ours else ""
+        return Verdict(HANGS if hangs(e) else DIFFERS, str(e), line)
     return Verdict(OK)
