@@ -6,11 +6,13 @@ import asyncio
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +32,7 @@ from virtiofsd_rafs.report.now import screen
 from virtiofsd_rafs.runtime import api
 from virtiofsd_rafs.runtime.agent import Agent
 from virtiofsd_rafs.runtime.metrics import (
+    FAMILIES,
     FETCH_BUCKETS_S,
     LOG_LEN,
     SLOWEST_LEN,
@@ -45,7 +48,6 @@ from virtiofsd_rafs.runtime.view import View
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
 SESSION_STATUS = {
     "processes": {
@@ -321,11 +323,11 @@ async def test_prometheus_can_read_the_metrics(image: MadeImage, tmp_path: Path)
     for expected, value in {
         ("fetches_total", of_registry[0], ("result", "ok"), of_registry[1]): 1,
         ("fetches_total", ("reason", "prefetch"), ("result", "backend.timeout"), ("source", "none")): 1,
-        ("fetched_bytes_total", *of_registry): 4096,
-        ("chunks_total", ("outcome", "digest-mismatch")): 1,
+        ("fetch_bytes_total", *of_registry): 4096,
+        ("chunks_fetched_total", ("outcome", "digest-mismatch")): 1,
         ("cache_chunks", ("state", "verified")): 2,
         ("cache_chunks_touched",): 0,
-        ("worker_requests_total", ("opcode", "15")): 7,
+        ("requests_total", ("operation", "read")): 7,
         ("requests_parked",): 3,
         ("fetch_duration_seconds_bucket", ("le", "0.03")): 0,
         ("fetch_duration_seconds_bucket", ("le", "0.1")): 2,
@@ -341,8 +343,19 @@ async def test_prometheus_can_read_the_metrics(image: MadeImage, tmp_path: Path)
     assert 0 <= samples[("loop_lag_seconds",)] < 60
 
 
+def test_metrics_are_named_alike_and_documented() -> None:
+    for name, (kind, text) in FAMILIES.items():
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)*", name)
+        assert name.endswith("_total") == (kind == "counter"), name
+        assert text.endswith(".")
+    documented = (Path(__file__).parents[2] / "docs" / "scripting.md").read_text()
+    section = documented.partition("### `GET /metrics`")[2].partition("\n###")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* \| (.*) \|$", section, re.MULTILINE)
+    assert rows == [(name, kind, text) for name, (kind, text) in FAMILIES.items()]
+
+
 def test_labels_are_quoted() -> None:
-    text = render(Metrics(), [Sample("chunks_total", 1, (("outcome", 'a"b\\c\nd'),))])
+    text = render(Metrics(), [Sample("chunks_fetched_total", 1, (("outcome", 'a"b\\c\nd'),))])
     assert 'outcome="a\\"b\\\\c\\nd"' in text
 
 

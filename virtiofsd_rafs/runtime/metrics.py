@@ -165,22 +165,22 @@ class Sample(NamedTuple):
 
 
 # name -> (type, help). Names are without the prefix.
-_FAMILIES = {
+FAMILIES = {
     "fetches_total": ("counter", "Tries to fetch a range of a blob, by result, reason and source."),
-    "fetched_bytes_total": ("counter", "Bytes that fetches brought, by reason and source."),
+    "fetch_bytes_total": ("counter", "Bytes that fetches brought, by reason and source."),
     "fetch_duration_seconds": ("histogram", "Duration of one try of a fetch."),
     "request_wait_seconds": ("histogram", "How long a FUSE request waited for chunks, of those that had to."),
-    "chunks_total": ("counter", "Fetched chunks, by outcome."),
-    "verifications_total": ("counter", "Stored chunks that were verified after a boot, by outcome."),
-    "posts_total": ("counter", "Chunks that workers asked for."),
-    "retries_total": ("counter", "Chunks that were asked for again after a failure."),
-    "expired_total": ("counter", "Chunks given up because nobody waits any more."),
-    "chunks_wanted_total": ("counter", "Chunks put into fetches because a request waited for them."),
-    "chunks_read_ahead_total": ("counter", "Chunks put into fetches without being asked for."),
-    "connections_total": ("counter", "HTTP requests by whether they opened a connection or reused one."),
-    "chunks_prefetched_total": ("counter", "Chunks put into fetches because a list or the table named them."),
-    "prefetch_joined_total": ("counter", "Chunks that were asked for while they were being prefetched."),
-    "chunks_filled_total": ("counter", "Chunks put into fetches to have the whole image."),
+    "chunks_fetched_total": ("counter", "Fetched chunks, by outcome."),
+    "chunks_verified_total": ("counter", "Stored chunks that were verified after a boot, by outcome."),
+    "chunks_posted_total": ("counter", "Chunks that workers asked for."),
+    "chunks_retried_total": ("counter", "Chunks that were asked for again after a failure."),
+    "chunks_expired_total": ("counter", "Chunks given up because nobody waits any more."),
+    "chunks_planned_total": ("counter", "Chunks put into fetches, by reason."),
+    "chunks_joined_total": (
+        "counter",
+        "Chunks that were asked for while they came ahead, by reason.",
+    ),
+    "chunks_left_total": ("counter", "Chunks that another daemon was fetching, and brought in time."),
     "image_complete": ("gauge", "1 while all of the image is on the cache disk."),
     "chunks_waiting": ("gauge", "Chunks that requests wait for now."),
     "fetches_in_flight": ("gauge", "Fetches under way."),
@@ -192,13 +192,14 @@ _FAMILIES = {
     "cache_sweeps_total": ("counter", "How often this daemon looked whether something must be evicted."),
     "cache_evicted_chunks_total": ("counter", "Chunks that this daemon evicted, of any image."),
     "cache_evicted_bytes_total": ("counter", "Bytes that the cache disk got back for them."),
-    "spill_bytes": ("gauge", "Use of the memory that stands in for the cache disk."),
+    "cache_spill_bytes": ("gauge", "Use of the memory that stands in for the cache disk."),
+    "http_requests_total": ("counter", "HTTP requests by whether they opened a connection or reused one."),
     "source_requests_total": ("counter", "Requests to each place that has the blobs."),
     "source_errors_total": ("counter", "Those that failed, and answers whose bytes were wrong."),
-    "source_bytes_total": ("counter", "Bytes that each place sent."),
+    "source_received_bytes_total": ("counter", "Bytes that each place sent."),
     "source_resting": ("gauge", "1 while a mirror is left alone because it failed."),
     "worker_crashes_total": ("counter", "Workers that were replaced."),
-    "worker_requests_total": ("counter", "FUSE requests answered."),
+    "requests_total": ("counter", "FUSE requests answered, by operation."),
     "requests_parked": ("gauge", "FUSE requests that wait for chunks."),
     "requests_in_flight": ("gauge", "FUSE requests that were taken and not answered."),
     "frontend_connected": ("gauge", "1 while a VMM is connected."),
@@ -229,18 +230,21 @@ def _histogram(name: str, histogram: Histogram) -> list[str]:
 
 def render(metrics: Metrics, samples: list[Sample], stalls: Stalls | None = None) -> str:
     """Prometheus' text format 0.0.4 of *metrics*, *stalls* and *samples*, whose names this module knows."""
-    by_name: dict[str, list[str]] = {name: [] for name in _FAMILIES}
+    by_name: dict[str, list[str]] = {name: [] for name in FAMILIES}
     counted = [
         *(
             Sample("fetches_total", n, (("result", result), ("reason", reason), ("source", source)))
             for (result, reason, source), n in metrics.by_source.items()
         ),
         *(
-            Sample("fetched_bytes_total", n, (("reason", reason), ("source", source)))
+            Sample("fetch_bytes_total", n, (("reason", reason), ("source", source)))
             for (reason, source), n in metrics.bytes_by_source.items()
         ),
-        *(Sample("chunks_total", n, (("outcome", outcome),)) for outcome, n in metrics.chunks.items()),
-        *(Sample("verifications_total", n, (("outcome", o),)) for o, n in metrics.verifications.items()),
+        *(
+            Sample("chunks_fetched_total", n, (("outcome", outcome),))
+            for outcome, n in metrics.chunks.items()
+        ),
+        *(Sample("chunks_verified_total", n, (("outcome", o),)) for o, n in metrics.verifications.items()),
     ]
     for sample in counted + samples:
         by_name[sample.name].append(_line(sample.name, sample.labels, sample.value))
@@ -248,7 +252,7 @@ def render(metrics: Metrics, samples: list[Sample], stalls: Stalls | None = None
     waits = stalls.waits if stalls is not None else Histogram(WAIT_BUCKETS_S)
     by_name["request_wait_seconds"] = _histogram("request_wait_seconds", waits)
     out = []
-    for name, (kind, text) in _FAMILIES.items():
+    for name, (kind, text) in FAMILIES.items():
         if by_name[name]:
             out += [f"# HELP {_PREFIX}{name} {text}", f"# TYPE {_PREFIX}{name} {kind}", *by_name[name]]
     return "\n".join(out) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import time
@@ -319,7 +320,7 @@ class View:
             Sample("requests_parked", sum(queue["parked"] for queue in queues)),
             Sample("requests_in_flight", sum(queue["in_flight"] for queue in queues)),
             *(
-                Sample("worker_requests_total", n, (("opcode", opcode),))
+                Sample("requests_total", n, (("operation", _operation(opcode)),))
                 for opcode, n in status["counters"]["requests"].items()
             ),
         ]
@@ -328,16 +329,18 @@ class View:
         planner, store = self._agent.planner, self._mounted.store
         counters, stats, eviction = planner.counters, store.stats(), self._agent.eviction
         samples += [
-            Sample("posts_total", counters.posts),
-            Sample("retries_total", counters.retries),
-            Sample("expired_total", counters.expired),
-            Sample("chunks_wanted_total", counters.chunks_wanted),
-            Sample("chunks_read_ahead_total", counters.chunks_read_ahead),
-            Sample("connections_total", CONNECTIONS.opened, (("state", "opened"),)),
-            Sample("connections_total", CONNECTIONS.reused, (("state", "reused"),)),
-            Sample("chunks_prefetched_total", counters.chunks_prefetched),
-            Sample("prefetch_joined_total", counters.prefetch_used),
-            Sample("chunks_filled_total", counters.chunks_filled),
+            Sample("chunks_posted_total", counters.posts),
+            Sample("chunks_retried_total", counters.retries),
+            Sample("chunks_expired_total", counters.expired),
+            Sample("chunks_planned_total", counters.chunks_wanted, (("reason", "demand"),)),
+            Sample("chunks_planned_total", counters.chunks_read_ahead, (("reason", "read-ahead"),)),
+            Sample("chunks_planned_total", counters.chunks_prefetched, (("reason", "prefetch"),)),
+            Sample("chunks_planned_total", counters.chunks_filled, (("reason", "fill"),)),
+            Sample("chunks_joined_total", counters.read_ahead_used, (("reason", "read-ahead"),)),
+            Sample("chunks_joined_total", counters.prefetch_used, (("reason", "prefetch"),)),
+            Sample("chunks_left_total", counters.left_to_others),
+            Sample("http_requests_total", CONNECTIONS.opened, (("connection", "opened"),)),
+            Sample("http_requests_total", CONNECTIONS.reused, (("connection", "reused"),)),
             Sample("image_complete", int(is_complete(store, self._mounted.blob_ids))),
             Sample("chunks_waiting", planner.waiting),
             Sample("fetches_in_flight", planner.in_flight),
@@ -347,7 +350,7 @@ class View:
             Sample("cache_sweeps_total", eviction.counters.sweeps),
             Sample("cache_evicted_chunks_total", eviction.counters.evicted_chunks),
             Sample("cache_evicted_bytes_total", eviction.counters.evicted_bytes),
-            Sample("spill_bytes", stats.spill_used),
+            Sample("cache_spill_bytes", stats.spill_used),
         ]
         totals: dict[str, int] = {}
         for index in self._mounted.blob_ids:
@@ -361,10 +364,21 @@ class View:
             samples += [
                 Sample("source_requests_total", place.requests, label),
                 Sample("source_errors_total", place.errors, label),
-                Sample("source_bytes_total", place.bytes, label),
+                Sample("source_received_bytes_total", place.bytes, label),
                 Sample("source_resting", int(place.state == "resting"), label),
             ]
         return samples
+
+
+@functools.cache
+def _operation(opcode: str) -> str:
+    """The name of a FUSE operation, as metrics spell it."""
+    from virtiofsd_rafs.fuse.consts import Opcode  # only /metrics needs it
+
+    try:
+        return Opcode(int(opcode)).name.lower()
+    except ValueError:
+        return opcode
 
 
 def _pss_kib(pid: int) -> int | None:
