@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,6 +287,9 @@ def test_an_image_is_asked_for_with_credentials_that_came_by_the_api(
         peer.request("PUT", "/api/v1/config?id=/", body=body)
         assert peer.getresponse().status == 204
         peer.close()
+        while not (sources := fetch_json(c.api_path)["agent"]["sources"]) or not sources[0]["errors"]:
+            time.sleep(0.05)
+        assert sources[0]["source"] == "registry"
         sim.accept()
         c.mounted()
         assert c.end()[0] == 0

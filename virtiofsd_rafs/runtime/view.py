@@ -199,6 +199,8 @@ class View:
 
     def _agent_status(self) -> dict[str, Any]:
         status = self.metrics.as_dict()
+        # Also while the image is asked for.
+        status["sources"] = [attrs.asdict(place) for place in self.renewal.report()]
         if self._agent is not None and self._mounted is not None:
             planner = self._agent.planner
             status |= {
@@ -207,7 +209,6 @@ class View:
                 "chunks_waiting": planner.waiting,
                 "fetches_in_flight": planner.in_flight,
                 "connections": attrs.asdict(CONNECTIONS),
-                "sources": [attrs.asdict(place) for place in self.renewal.report()],
                 "cache": {
                     "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
                     **self._mounted.store.stats()._asdict(),
