@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guest.daemon import Daemon
 from tests.integration.conftest import Served, children, kill, run_daemon
 from virtiofsd_rafs.blob.chunk_map import ChunkMap
+from virtiofsd_rafs.cache import inventory
+from virtiofsd_rafs.cache.gc import collect
 from virtiofsd_rafs.image.build import BOOTSTRAP_NAME
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.session import Session
@@ -228,3 +231,22 @@ def test_an_interrupted_download_goes_on_where_it_was(start_on: Callable[..., Se
     # Nobody reads run.sh.
     assert len({chunk.chunk_index for chunk in chunk_map} - again - before) <= 1
     served.check_ring()
+
+
+def test_gc_keeps_what_a_bootstrap_file_was_served_with(made_image: MadeImage, short_dir: Path) -> None:
+    """Also when the daemon has ended; what no image has goes."""
+    cache = short_dir / "cache"
+    arguments = ["--cache-dir", str(cache)]
+    with Daemon(str(made_image.out / BOOTSTRAP_NAME), short_dir, short_dir / "log", arguments) as daemon:
+        daemon.wait_ready()
+        with Frontend.connect(daemon.socket) as fe:
+            fe.start()
+            fe.init()
+            fe.read(fe.resolve("big").nodeid, 0, 1 << 20)
+        daemon.wait_end()
+    before = on_disk(cache)
+    assert before >= 1 << 20
+    (found,) = inventory.scan(cache).images
+    assert (found.name, found.complete) == (str(made_image.out / BOOTSTRAP_NAME), True)
+    assert collect(cache).blobs == []
+    assert on_disk(cache) == before

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from tests.sim.images import MadeImage, make_image
 from virtiofsd_rafs.backends.config import RegistryAccess
 from virtiofsd_rafs.cli.cache import cache as command
+from virtiofsd_rafs.image.content import ContentStore
 from virtiofsd_rafs.image.resolve import resolve_image
 from virtiofsd_rafs.native.store import Store
 
@@ -123,6 +124,25 @@ def test_gc_removes_what_no_image_needs(
     left = run_json(folder, "ls")
     assert left["disk_bytes"] == done["disk_bytes_left"]
     assert [image["complete"] for image in left["images"]] == [True, True]
+
+
+def test_images_from_bootstrap_files_keep_their_blobs(
+    cached: list[str], folder: Path, images: dict[str, MadeImage]
+) -> None:
+    """As `serve` notes them; a file that is gone is no image any more."""
+    image, file = images["local"], images["local"].folder / "image.boot"
+    ContentStore(folder).remember_file(str(file), [image.blob_id])
+    assert {found["name"] for found in run_json(folder, "ls")["images"]} == {*cached, str(file)}
+    assert (run_json(folder, "gc")["images"], run_json(folder, "gc")["blobs"]) == ([], [])
+    assert run_json(folder, "verify")["unknown"] == []
+    with fill(folder, image):
+        done = run_json(folder, "gc", "--max-size", "0")
+        assert (done["images"], done["kept_in_use"]) == (sorted(cached, reverse=True), [str(file)])
+    file.rename(file.with_name("elsewhere"))
+    done = run_json(folder, "gc")
+    assert (done["images"], done["blobs"]) == ([str(file)], [image.blob_id])
+    assert run_json(folder, "ls")["images"] == []
+    assert stems(folder) == set()
 
 
 def test_gc_by_age_and_by_size(cached: list[str], folder: Path, images: dict[str, MadeImage]) -> None:

@@ -48,7 +48,8 @@ def collect(
         older_than_s: images go that were not used for so long.
         dry_run: only says what would go.
 
-    Without the two limits no image goes, only what none needs. Raises CacheError.
+    Without the two limits only images go whose bootstrap file is gone, and what no image needs. Raises
+    CacheError.
     """
     found = inv.scan(folder)
     done = Removed()
@@ -64,8 +65,11 @@ def collect(
         done.images.append(image.name)
         return True
 
+    for image in found.images:
+        if not image.manifest_digest and not image.complete:
+            give_up(image)  # a bootstrap file that is gone
     if older_than_s is not None:
-        for image in found.images:
+        for image in list(kept):
             if now - ages[image.name] > older_than_s:
                 give_up(image)
     if max_size is not None:

@@ -71,15 +71,16 @@ class CachedImage:
     """An image whose metadata is here."""
 
     name: str
-    """``host/repository:tag``; ``sha256:...`` when no tag names it any more."""
+    """``host/repository:tag``; ``sha256:...`` when no tag names it any more; the path of a bootstrap file."""
     manifest_digest: str
+    """Empty for a bootstrap file."""
     blob_ids: tuple[str, ...]
     content: tuple[str, ...]
     """Files below ``content/sha256`` that belong to it."""
     disk_bytes: int
     """Of these files alone."""
     complete: bool
-    """Its bootstrap is here: it starts without the registry."""
+    """Its bootstrap is here, or where the file was: it starts without the registry."""
 
 
 @attrs.frozen
@@ -273,6 +274,9 @@ def _images(folder: Path) -> Iterator[CachedImage]:
         image = _image(store, content, name, digest)
         inside.update(image.content)
         found.append(image)
+    for file, blob_ids in store.files():
+        there = os.path.isfile(file)
+        found.append(CachedImage(file, "", tuple(sorted(blob_ids)), (), 0, complete=there))
     yield from sorted(found, key=lambda image: image.name)
     if content.is_dir():
         rest = []
@@ -382,9 +386,14 @@ def as_json(inventory: Inventory) -> Mapping[str, Any]:
 
 
 def last_used(inventory: Inventory, image: CachedImage) -> float | None:
-    """When a chunk of *image* was last used; without chunks, when its manifest was stored."""
+    """When a chunk of *image* was last used; without chunks, when its manifest (or record) was stored."""
     times = [blob.last_used for blob in inventory.blobs_of(image) if blob.last_used is not None]
-    path = inventory.folder / "content" / "sha256" / image.manifest_digest.partition(":")[2]
+    path: Path | None = inventory.folder / "content" / "sha256" / image.manifest_digest.partition(":")[2]
+    if not image.manifest_digest:
+        from virtiofsd_rafs.image.content import ContentStore
+
+        path = ContentStore(inventory.folder).record_path_of(image.name)
+    assert path is not None
     with contextlib.suppress(OSError):
         times.append(path.stat().st_mtime)
     return max(times, default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -13,7 +14,6 @@ from virtiofsd_rafs.native.store import Store, reclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from virtiofsd_rafs.image.layer import LayerFiles
 
@@ -72,6 +72,8 @@ def layers(
     for path in bootstraps:
         yield str(path), LayerFiles(path.read_bytes(), {})
     for image in found.images:
+        if not image.manifest_digest and image.complete:
+            yield image.name, LayerFiles(Path(image.name).read_bytes(), {})
         for layer in inv.layers_of(store, image):
             if layer is None:
                 report.problems.append(f"{image.name}: its bootstrap is not here")

@@ -1,9 +1,9 @@
 """Manifests and bootstrap layers in the cache directory, each under the digest that it was promised by.
 
 ``<cache>/content/sha256/<hex>`` holds content, ``<cache>/images/<sha256 of "host/repo:tag">.json`` remembers
-which manifest a tag named. Files appear by rename only, complete and synced; what is read is hashed again,
-and a file that is wrong counts as absent (and is removed, so that it is fetched again). A cache that cannot
-be written costs a warning, not the start.
+which manifest a tag named; the same for the path of a bootstrap file, which blobs it has. Files appear by
+rename only, complete and synced; what is read is hashed again, and a file that is wrong counts as absent (and
+is removed, so that it is fetched again). A cache that cannot be written costs a warning, not the start.
 
 Nothing here may import aiohttp or asyncio: a known image starts from here within milliseconds.
 """
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _RECORD_VERSION = 1
 _MAX_RECORD_LEN = 16 << 10
+# A path, and the ids of 255 blobs.
+_MAX_FILE_RECORD_LEN = 64 << 10
 
 
 class ContentStore:
@@ -78,11 +80,31 @@ class ContentStore:
             if record is not None and path == self.record_path_of(record[0]):
                 yield record
 
+    def remember_file(self, file: str, blob_ids: list[str]) -> None:
+        """Notes that the bootstrap *file*, an absolute path, was served and has these blobs."""
+        path = self.record_path_of(file)
+        if path is None:
+            return
+        record = {"version": _RECORD_VERSION, "file": file, "blobs": blob_ids}
+        data = json.dumps(record).encode() + b"\n"
+        if _read(path, _MAX_FILE_RECORD_LEN) != data:
+            _write(path, data)
+
+    def files(self) -> Iterator[tuple[str, list[str]]]:
+        """All bootstrap files that were served, and their blobs."""
+        if self._root is None:
+            return
+        for path in sorted((self._root / "images").glob("*.json")):
+            record = _parse_file_record(_read(path, _MAX_FILE_RECORD_LEN))
+            if record is not None and path == self.record_path_of(record[0]):
+                yield record
+
     def record_path_of(self, name: str) -> Path | None:
-        """Where the record of the tag ``host/repo:tag`` is kept."""
+        """Where the record of the tag ``host/repo:tag``, or of a bootstrap file, is kept."""
         if self._root is None:
             return None
-        return self._root / "images" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+        key = name.encode(errors="surrogateescape")
+        return self._root / "images" / f"{hashlib.sha256(key).hexdigest()}.json"
 
     def _content_path(self, digest: str) -> Path | None:
         if self._root is None or not is_sha256(digest):
@@ -90,16 +112,31 @@ class ContentStore:
         return self._root / "content" / "sha256" / digest.partition(":")[2]
 
 
-def _parse_record(data: bytes | None) -> tuple[str, str] | None:
-    """Name and digest in a tag's record; None when it is no such thing."""
+def _parse(data: bytes | None) -> dict[str, object]:
+    """What a record says; nothing when it is none."""
     if data is None:
-        return None
+        return {}
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
-        return None
+        return {}
     if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
+        return {}
+    return record
+
+
+def _parse_file_record(data: bytes | None) -> tuple[str, list[str]] | None:
+    """Path and blob ids in a bootstrap file's record; None when it is no such thing."""
+    record = _parse(data)
+    file, blobs = record.get("file"), record.get("blobs")
+    if not isinstance(file, str) or not file.startswith("/") or not isinstance(blobs, list):
         return None
+    return file, [blob for blob in blobs if isinstance(blob, str)]
+
+
+def _parse_record(data: bytes | None) -> tuple[str, str] | None:
+    """Name and digest in a tag's record; None when it is no such thing."""
+    record = _parse(data)
     name, digest = record.get("name"), record.get("manifest")
     if not isinstance(name, str) or not isinstance(digest, str) or not is_sha256(digest):
         return None

@@ -21,6 +21,7 @@ import attrs
 
 from virtiofsd_rafs.cache.promise import check_verifiable, complete_blob
 from virtiofsd_rafs.errors import CacheError, ConfigError, NotFound, VirtiofsdRafsError
+from virtiofsd_rafs.image.content import ContentStore
 from virtiofsd_rafs.image.resolve import ResolvedImage, resolve_image
 from virtiofsd_rafs.native.store import Store
 
@@ -277,6 +278,11 @@ class Mounter:
             for fd in fds:
                 os.close(fd)
         send(self._keeper, MOUNT_COMMIT, MOUNT_INDEX)
+        if image.reference is None:
+            # `cache gc` asks which blobs somebody may come back for.
+            remember = ContentStore(self._cache_dir).remember_file
+            record = os.path.abspath(image.name), [blob.blob_id for blob in blobs]
+            threading.Thread(target=remember, args=record, daemon=True).start()
         _log.info("serving %s: %d blobs", image.name, len(blobs))
         return self._mounted(image, store, bootstrap_fd)
 
