@@ -228,7 +228,7 @@ async def test_status_names_the_files_behind_fetches_and_stalls(image: MadeImage
         assert "pss_kib" not in hurried["processes"]["keeper"]
         status = await r.get_json("/api/v1/status?full=1")
         hurried = await r.get_json("/api/v1/status")
-        assert [f["path"] for f in hurried["fetch_log"]] == ["/file003", "/file001"]
+        assert [f["path"] for f in hurried["fetch_log"]] == ["/file003", "/file001"], "known by now"
         assert [(f["path"], f["reason"]) for f in status["fetch_log"]] == [
             ("/file003", "demand"),
             ("/file001", "prefetch"),

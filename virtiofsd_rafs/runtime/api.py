@@ -53,9 +53,11 @@ def make_app(view: View) -> web.Application:
         nodes = view.status_nodes(full=full)
         if nodes and full:
             await asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)
-        elif nodes:
+            nodes = []
+        answer = _json(view.status(full=full))
+        if nodes:
             name_later(nodes)
-        return _json(view.status(full=full))
+        return answer
 
     async def trace(_: web.Request) -> web.Response:
         loop = asyncio.get_running_loop()
