@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from tests.sim.images import MadeImage, make_image
-from virtiofsd_rafs.cache.nydusd import read_meta, write_meta
+from virtiofsd_rafs.cache.nydusd import check_unused, read_meta, write_meta
 from virtiofsd_rafs.cli.cache import cache as command
+from virtiofsd_rafs.errors import CacheError
 from virtiofsd_rafs.native.store import OK, Store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 N = 24
@@ -39,6 +42,19 @@ def cache(tmp_path: Path) -> Path:
     folder = tmp_path / "cache"
     folder.mkdir()
     return folder
+
+
+@contextmanager
+def nydusd(tmp_path: Path, data: Path) -> Iterator[int]:
+    """A process of that name that has *data* open; its pid."""
+    program = tmp_path / "nydusd"
+    if not program.exists():
+        program.symlink_to("/bin/sleep")
+    with data.open("r+b") as f, subprocess.Popen([program, "100"], stdin=f) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def open_store(image: MadeImage, cache: Path, *, for_nydusd: bool = False) -> Store:
@@ -190,3 +206,22 @@ def test_bits_do_not_outlive_their_data(image: MadeImage, cache: Path) -> None:
     with open_store(image, cache) as store:
         assert store.states(0).present == 0
     assert not record.exists()
+
+
+def test_a_running_nydusd_is_told_and_not_joined(image: MadeImage, cache: Path, tmp_path: Path) -> None:
+    data, _, states = files(image, cache)
+    with open_store(image, cache, for_nydusd=True) as store:
+        store.ingest(0, 0, image.blob, [1, 2])
+        # Daemons of ours share it, whatever they keep for nydusd.
+        check_unused(cache, [image.blob_id])
+    with nydusd(tmp_path, data) as pid:
+        with pytest.raises(CacheError, match=f"pid {pid}") as e:
+            check_unused(cache, [image.blob_id])
+        assert "--cache-dir" in e.value.remedy
+        arguments = ["export", "--cache-dir", str(cache), "--bootstrap", str(image.folder / "image.boot")]
+        assert isinstance(CliRunner().invoke(command, arguments).exception, CacheError)
+        # What is nydusd's alone is left alone without a word.
+        states.unlink()
+        check_unused(cache, [image.blob_id])
+    open_store(image, cache).close()
+    check_unused(cache, [image.blob_id])

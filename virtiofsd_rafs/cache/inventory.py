@@ -19,7 +19,7 @@ import attrs
 from virtiofsd_rafs.errors import CacheError, VirtiofsdRafsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from virtiofsd_rafs.image.layer import LayerFiles
@@ -155,27 +155,29 @@ def is_leased(path: Path) -> bool:
 
 def open_by_anybody(path: Path) -> bool:
     """Whether any process of this user has *path* open. Slow: looks at every descriptor."""
+    return next(users_of([path]), None) is not None
+
+
+def users_of(paths: Iterable[Path]) -> Iterator[tuple[int, Path]]:
+    """Processes of this user that have one of *paths* open, as (pid, path). Slow, as above."""
+    files = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            files[status.st_dev, status.st_ino] = path
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc") if files else ())):
+        for fd in _descriptors(pid):
+            with contextlib.suppress(OSError):
+                status = os.stat(fd)
+                if (status.st_dev, status.st_ino) in files:
+                    yield pid, files[status.st_dev, status.st_ino]
+
+
+def _descriptors(pid: int) -> list[str]:
     try:
-        mine = path.stat()
+        return [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
-        return False
-    for fd in _descriptors():
-        try:
-            status = os.stat(fd)
-        except OSError:
-            continue
-        if (status.st_dev, status.st_ino) == (mine.st_dev, mine.st_ino):
-            return True
-    return False
-
-
-def _descriptors() -> Iterator[str]:
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                yield f"/proc/{pid}/fd/{fd}"
-        except OSError:
-            continue
+        return []
 
 
 def _blobs(folder: Path) -> Iterator[CachedBlob]:

@@ -9,11 +9,13 @@ import os
 from typing import TYPE_CHECKING
 
 from virtiofsd_rafs.cache import inventory as inv
+from virtiofsd_rafs.errors import CacheError
 
 # 24 bytes for each of the most chunks that a blob can have, and the header.
 MAX_META_LEN = (24 << 24) + 8192
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
@@ -39,6 +41,34 @@ def read_meta(folder: Path | None, blob_id: str) -> bytes | None:
     return data if len(data) <= MAX_META_LEN else None
 
 
+def check_unused(folder: Path, blob_ids: Iterable[str]) -> None:
+    """Raises CacheError when a nydusd has files open that we share with it.
+
+    It takes no lock, and writes what it has not verified where we have verified. Only blobs with its record
+    and our states can be meant: what it alone has is left alone (docs/adr/0008-eviction.md).
+    """
+    shared = [
+        folder / (blob_id + inv.DATA_SUFFIX)
+        for blob_id in blob_ids
+        if os.path.exists(folder / (blob_id + inv.RECORD_SUFFIX))
+        and os.path.exists(folder / (blob_id + inv.STATE_SUFFIX))
+    ]
+    for pid, path in inv.users_of(shared):
+        if _command(pid).startswith("nydusd"):
+            raise CacheError(
+                f"nydusd (pid {pid}) uses {path}",
+                remedy="end it first, or give another --cache-dir: both at once damage what is stored",
+            )
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
 def export(folder: Path, bootstraps: list[Path]) -> dict[str, int]:
     """Makes nydusd's record of the blobs in *folder*, and its chunk map where the image has one.
 
@@ -49,6 +79,7 @@ def export(folder: Path, bootstraps: list[Path]) -> dict[str, int]:
     from virtiofsd_rafs.native.store import Store
 
     found = inv.scan(folder)
+    check_unused(folder, {blob.blob_id for blob in found.blobs})
     stems = {blob.map_digest: blob.stem for blob in found.blobs}
     exported: dict[str, int] = {}
     for _, layer in layers(folder, found, bootstraps, Report()):

@@ -259,6 +259,7 @@ class Mounter:
         """Opens the cache files and gives everything that a worker needs to the keeper."""
         blobs = store.blobs()
         check_verifiable(blobs, allow_unverified=self._config.allow_unverified)
+        self._check_nydusd([blob.blob_id for blob in blobs])
         on_disk = [store.open_blob(blob.blob_index) for blob in blobs]
         if self._cache_dir is not None and not all(on_disk):
             _tell_unusable(self._cache_dir, store.stats().last_disk_errno)
@@ -285,6 +286,17 @@ class Mounter:
             threading.Thread(target=remember, args=record, daemon=True).start()
         _log.info("serving %s: %d blobs", image.name, len(blobs))
         return self._mounted(image, store, bootstrap_fd)
+
+    def _check_nydusd(self, blob_ids: list[str]) -> None:
+        """Raises CacheError when nydusd writes where we would."""
+        folder = self._cache_dir
+        if folder is None or not any(
+            os.path.exists(folder / f"{blob_id}.blob.data.chunk_map") for blob_id in blob_ids
+        ):
+            return  # nearly always, and then nothing is imported
+        from virtiofsd_rafs.cache.nydusd import check_unused
+
+        check_unused(folder, blob_ids)
 
     def _write_metas(self, image: ResolvedImage, blobs: list[BlobInfo], cache_dir: Path) -> None:
         from virtiofsd_rafs.cache.nydusd import write_meta
