@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from virtiofsd_rafs.errors import ConfigError
 from virtiofsd_rafs.runtime.renewal import parse_update
@@ -122,6 +123,9 @@ async def _errors_as_json(
         return await handler(request)
     except ConfigError as e:
         return _json({"code": "UNDEFINED", "message": str(e)}, status=400)
+    except (ConnectionError, web.RequestPayloadError, HttpProcessingError):
+        # Malformed, or who sent it has gone in the middle: then nobody reads this.
+        return _json({"code": "UNDEFINED", "message": "the body did not come"}, status=400)
     except web.HTTPException as e:
         return _json({"code": "UNDEFINED", "message": e.reason}, status=e.status)
     except Exception as e:
@@ -129,9 +133,28 @@ async def _errors_as_json(
         return _json({"code": "INTERNAL", "message": type(e).__name__}, status=500)
 
 
+class _NoHttp(logging.Filter):
+    """One line for a request that is no HTTP. aiohttp logs a trace for each, with what was sent in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets everything else through."""
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, HttpProcessingError):
+            return True
+        _log.info("a request is no HTTP: %s", type(error).__name__)
+        return False
+
+
+def _server_logger() -> logging.Logger:
+    logger = _log.getChild("server")
+    if not logger.filters:
+        logger.addFilter(_NoHttp())
+    return logger
+
+
 async def start(listener: socket.socket, view: View) -> Callable[[], Awaitable[None]]:
     """Serves *view* on *listener*; returns what stops it."""
-    runner = web.AppRunner(make_app(view), access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(make_app(view), access_log=None, logger=_server_logger(), shutdown_timeout=0.5)
     await runner.setup()
     await web.SockSite(runner, listener).start()
     return runner.cleanup
