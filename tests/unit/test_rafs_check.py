@@ -109,6 +109,19 @@ def test_blob_elsewhere(image: Path, tmp_path: Path, built: BuildResult) -> None
     (tmp_path / "empty").mkdir()
     missing = run("check", image / "image.boot", "--blob-dir", tmp_path / "empty")
     assert type(missing.exception).__name__ == "NotFound"
+    # And as `serve` is told.
+    source = run("check", image / "image.boot", "--blob-source", f"file://{tmp_path}/blobs")
+    assert f" {built.n_chunks} of them verified" in source.output
+    missing = run("check", image / "image.boot", "--blob-source", f"file://{tmp_path}/empty")
+    assert type(missing.exception).__name__ == "NotFound"
+    config = tmp_path / "nydusd.json"
+    backend = {"type": "localfs", "localfs": {"dir": f"{tmp_path}/blobs"}}
+    config.write_text(json.dumps({"version": 2, "backend": backend}))
+    configured = run("check", image / "image.boot", "--config", config)
+    assert f" {built.n_chunks} of them verified" in configured.output
+    assert run("inspect", image / "image.boot", "--config", config).exit_code == 0
+    two = run("check", image / "image.boot", "--blob-dir", tmp_path, "--blob-source", "file:///x")
+    assert "say two places" in str(two.exception)
 
 
 @pytest.fixture

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from virtiofsd_rafs.cli._registry_options import registry_options
+from virtiofsd_rafs.cli._source_options import source_options
+from virtiofsd_rafs.config import IN_CONFIG_FILE
 
 if TYPE_CHECKING:
+    from virtiofsd_rafs.backends.config import BackendConfig
     from virtiofsd_rafs.cli._registry_options import Command
+    from virtiofsd_rafs.config import BlobSource
 
 # Somebody looks at the terminal and can try again: long enough for a registry that restarts, no longer.
 ONE_SHOT_DEADLINE_S = 20.0
@@ -37,8 +42,28 @@ _OPTIONS = (
 
 
 def image_options(command: Command) -> Command:
-    """Adds the options to *command*; their names are those of resolve_image's arguments."""
-    command = registry_options(command)
+    """Adds the options to *command*; their names are those of check_image's arguments.
+
+    Where blobs are may be said as to ``serve``, also to a command that reads none of them.
+    """
+
+    @functools.wraps(command)
+    def resolved(
+        *args: Any, blob_source: BlobSource | None, config_file: Path | None, **kwargs: Any
+    ) -> object:
+        return command(*args, backend=_backend(blob_source, config_file), **kwargs)
+
+    options = source_options(registry_options(resolved))
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        options = option(options)
+    return options
+
+
+def _backend(source: BlobSource | None, config_file: Path | None) -> BackendConfig | None:
+    """Where blobs are, if not where the image comes from. Raises ConfigError."""
+    if source != IN_CONFIG_FILE:
+        return source
+    from virtiofsd_rafs.backends.reload import load_config_file
+
+    assert config_file is not None
+    return load_config_file(config_file).backend

@@ -11,7 +11,7 @@ from virtiofsd_rafs.cli._image_options import ONE_SHOT_DEADLINE_S, image_options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from virtiofsd_rafs.backends.config import RegistryAccess
+    from virtiofsd_rafs.backends.config import BackendConfig, RegistryAccess
     from virtiofsd_rafs.image.check import Report
 
 
@@ -28,6 +28,7 @@ def check(
     cache_dir: Path | None,
     pull: Literal["missing", "always", "never"],
     access: RegistryAccess | None,
+    backend: BackendConfig | None,
     metadata_only: bool,
     as_json: bool,
 ) -> None:
@@ -52,6 +53,7 @@ def check(
             cache_dir=cache_dir,
             pull=pull,
             access=access,
+            backend=backend,
             metadata_only=metadata_only,
             deadline=ONE_SHOT_DEADLINE_S,
         )
@@ -72,7 +74,7 @@ def _print(report: Report, *, as_json: bool) -> None:
     for finding in report.findings:
         click.echo(f"{finding.where}: {finding.msgid}: {finding.message}")
     for blob in report.blobs_missing:
-        click.echo(f"blob {blob} is not beside the bootstrap and was not read (--blob-dir)")
+        click.echo(f"blob {blob} is not beside the bootstrap and was not read (--blob-dir, --blob-source)")
     n = len(report.findings)
     click.echo(
         f"{report.n_names} names, {report.n_inodes} inodes, {report.n_chunks} chunks,"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from virtiofsd_rafs.backends.config import RegistryAccess
+    from virtiofsd_rafs.backends.config import BackendConfig, RegistryAccess
 
 
 _SHOWN_PREFETCH = 5
@@ -31,6 +31,7 @@ def inspect(
     cache_dir: Path | None,
     pull: Literal["missing", "always", "never"],
     access: RegistryAccess | None,
+    backend: BackendConfig | None,  # no blob is read; as to `serve` and `check` all the same
     as_json: bool,
     as_dump: bool,
 ) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from virtiofsd_rafs.backends.base import BlobSource
+    from virtiofsd_rafs.backends.config import BackendConfig
     from virtiofsd_rafs.image.resolve import Pull
     from virtiofsd_rafs.rafs.superblock import BlobEntry
     from virtiofsd_rafs.rafs.v6 import Dirent, Inode
@@ -188,6 +189,7 @@ async def check_image(
     cache_dir: Path | None = None,
     pull: Pull = "missing",
     access: RegistryAccess | None = None,
+    backend: BackendConfig | None = None,
     metadata_only: bool = False,
     deadline: float = _DEADLINE_S,
 ) -> None:
@@ -195,9 +197,9 @@ async def check_image(
 
     *deadline* is how long a registry that is away is waited for, in seconds.
 
-    The blobs of a bootstrap file are looked for beside it unless *blob_dir* is given; only then it is an
-    error when one is missing. Raises what resolve_image and the back-ends raise; faults of the image go to
-    *report*.
+    Blobs are where *backend* says, else where the image is. Those of a bootstrap file are looked for beside
+    it unless *backend* or *blob_dir* is given; only then it is an error when one is missing. Raises what
+    resolve_image and the back-ends raise; faults of the image go to *report*.
     """
     from virtiofsd_rafs.backends import open_source
     from virtiofsd_rafs.image.resolve import resolve_image
@@ -213,7 +215,7 @@ async def check_image(
     opened = check_bootstrap(resolved.bootstrap, report)
     if opened is None or metadata_only:
         return
-    source = open_source(resolved, _SourceOptions(access=access or RegistryAccess()))
+    source = open_source(resolved, _SourceOptions(access=access or RegistryAccess()), backend)
     try:
         for chunk_map in opened[1]:
             blob_id = chunk_map.blob.blob_id
@@ -222,7 +224,7 @@ async def check_image(
                     partial(source.blob_size, blob_id), deadline_s=_DEADLINE_S, what=f"blob {blob_id}"
                 )
             except NotFound:
-                if resolved.reference is None and blob_dir is None:
+                if resolved.reference is None and blob_dir is None and backend is None:
                     report.blobs_missing.append(blob_id)
                     continue
                 raise
