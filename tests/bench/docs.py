@@ -60,7 +60,7 @@ def _sides(sides: Mapping[str, Any]) -> list[str]:
         # A side that failed on the way has not been looked at.
         idle = seen.get("idle", {"cpu_us": [], "wakeups": math.nan})
         parts = ", ".join(f"{process.removeprefix('rafs-')} {us:.0f}" for process, us in idle["cpu_us"])
-        pss = f"{seen['pss_kib'] / 1024:.0f}"
+        pss = tables.mebibytes(seen["pss_kib"])
         numbers = [str(seen["files"]), str(seen["processes"]), pss]
         rows.append([name, seen["version"], *numbers, f"{idle['wakeups']:.0f}", parts])
     head = ["side", "version", "files", "processes", "PSS after reading all, MiB", "idle: sleeps / s"]

@@ -31,9 +31,12 @@ class Side:
     def pids(self) -> list[int]:
         return processes.family(self.pid)
 
-    def pss_kib(self) -> int:
-        """Proportional set size of all its processes."""
-        return processes.pss_kib(self.pid)
+    def pss_kib(self) -> int | None:
+        """Proportional set size of all its processes; ``None`` where that may not be seen."""
+        try:
+            return processes.pss_kib(self.pid)
+        except OSError:
+            return None
 
     def __enter__(self) -> Side:
         return self

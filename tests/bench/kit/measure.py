@@ -159,11 +159,9 @@ class Comparison:
                     "pss_kib": side.pss_kib(),
                     "processes": len(side.pids()),
                 }
-                click.echo(
-                    "{}: {files} files, {pss_kib} KiB in {processes} processes".format(
-                        name, **self.seen[name]
-                    )
-                )
+                seen = self.seen[name]
+                pss = f"PSS {tables.mebibytes(seen['pss_kib'])} MiB"
+                click.echo(f"{name}: {seen['files']} files, {pss} in {seen['processes']} processes")
         if not running:
             raise click.ClickException("there is nothing to measure")
         if first:

@@ -25,6 +25,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def mebibytes(kib: int | None) -> str:
+    return "n/a" if kib is None else f"{kib / 1024:.0f}"
+
+
 def _optional(value: float | None, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
@@ -44,7 +48,7 @@ def lines(result: CaseResult) -> list[str]:
 
 def _line(result: CaseResult, name: str, record: Record) -> str:
     m = record.median()
-    pss = "n/a" if record.pss_kib is None else f"{record.pss_kib / 1024:.0f}"
+    pss = mebibytes(record.pss_kib)
     tail = ""
     speed, cpu = result.speed(name), result.cpu(name)
     if name != result.first and speed is not None:
@@ -148,7 +152,7 @@ def _numbers(m: Run, record: Record) -> list[str]:
         ),
         *(number(value) for value in (m.p50_us, m.p99_us, m.p999_us, m.max_us)),
         *(_optional(record.syscalls, 2), f"{m.wakeups:.2f}"),
-        "n/a" if record.pss_kib is None else f"{record.pss_kib / 1024:.0f}",
+        mebibytes(record.pss_kib),
     ]
 
 
