@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
 import sys
+import urllib.request
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import attrs
 import pytest
 from aiohttp import web
 
-from tests.sim.s3 import S3Gate
+from tests.sim.s3 import S3Gate, moto_server
 from tests.sim.web import ObjectSim, WebSim, error
 from virtiofsd_rafs.backends import check_installed, open_source
 from virtiofsd_rafs.backends.base import CredentialUpdate
@@ -212,6 +214,55 @@ async def test_temporary_keys_of_a_service_are_renewed(store: Store, aws: pytest
             assert await opened.read_range("blob", offset, 10) == DATA[offset : offset + 10]
         await opened.close()
     assert asked == ["/creds", "/creds"]
+
+
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A security token service, at this URL."""
+    with moto_server(tmp_path_factory.mktemp("moto")) as url:
+        yield url
+
+
+def learn(store: Store, moto: str) -> list[str]:
+    """Tells the gate which keys the service has given; the ARNs of their roles."""
+    with urllib.request.urlopen(f"{moto}/moto-api/data.json", timeout=30) as reply:
+        roles = json.load(reply)["sts"]["AssumedRole"]
+    for role in roles:
+        store.keys[role["access_key_id"]] = (role["secret_access_key"], role["session_token"])
+    return [role["role_arn"] for role in roles]
+
+
+async def learnt(config: S3Backend, store: Store, moto: str) -> list[str]:
+    """The roles, after reads: the first one is refused by a gate that does not know their keys yet."""
+    opened = source(config)
+    try:
+        with pytest.raises(BackendError):
+            await opened.read_range("blob", 100, 50)
+        roles = await asyncio.to_thread(learn, store, moto)
+        assert await opened.read_range("blob", 100, 50) == DATA[100:150]
+    finally:
+        await opened.close()
+    return roles
+
+
+async def test_web_identity(store: Store, aws: pytest.MonkeyPatch, tmp_path: Path, moto: str) -> None:
+    """What pods get: a token in a file, to be exchanged for the keys of a role."""
+    (tmp_path / "token").write_text("a token of the cluster")
+    aws.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/pod")
+    aws.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    aws.setenv("AWS_ENDPOINT_URL_STS", moto)
+    aws.setenv("AWS_REGION", "us-east-1")
+    assert "arn:aws:iam::123456789012:role/pod" in await learnt(backend(store), store, moto)
+
+
+async def test_an_assumed_role(store: Store, aws: pytest.MonkeyPatch, tmp_path: Path, moto: str) -> None:
+    (tmp_path / "config").write_text(
+        "[profile reader]\nrole_arn = arn:aws:iam::123456789012:role/reader\nsource_profile = me\n"
+        "region = us-east-1\n[profile me]\naws_access_key_id = AKIA2\naws_secret_access_key = x\n"
+    )
+    aws.setenv("AWS_ENDPOINT_URL_STS", moto)
+    config = backend(store, profile="reader")
+    assert "arn:aws:iam::123456789012:role/reader" in await learnt(config, store, moto)
 
 
 async def test_no_credentials(store: Store, aws: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def parse_update(body: bytes) -> CredentialUpdate:
         if not isinstance(value, str) or len(value) > _MAX_VALUE:
             raise ConfigError(f"{name} is no string that could be meant", remedy="send a string")
         if name in _IGNORED:
-            _log.info("%s is of no use here", name)
+            _log.warning("%s has no effect: the proxy is asked as it is (proxy_url moves it)", name)
         else:
             values[name] = Secret(value) if name in _SECRETS else value
     update = CredentialUpdate(**values)
