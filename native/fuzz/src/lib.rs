@@ -13,6 +13,7 @@ pub mod decode;
 pub mod device;
 pub mod fuse;
 pub mod guest;
+pub mod hostile;
 pub mod image;
 pub mod input;
 pub mod ring;
@@ -42,7 +43,7 @@ macro_rules! targets {
 
 /// All targets.
 pub const TARGETS: &[Target] = targets![
-    blob_meta, bootstrap, chain, channel, decode, device, fuse, ring, shared, tables, toc,
+    blob_meta, bootstrap, chain, channel, decode, device, fuse, hostile, ring, shared, tables, toc,
 ];
 
 #[cfg(test)]

@@ -72,7 +72,14 @@ impl Folder {
             std::process::id(),
             std::thread::current().id()
         );
-        let path = std::env::temp_dir().join(name);
+        // In memory where that is possible: making files is all that this target does.
+        let shm = PathBuf::from("/dev/shm");
+        let base = if shm.is_dir() {
+            shm
+        } else {
+            std::env::temp_dir()
+        };
+        let path = base.join(name);
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).expect("a folder");
         let tables = open(&path, 1).expect("tables");
@@ -183,6 +190,10 @@ fn agent_side(folder: &Folder, kind: u8, input: &mut Input<'_>) {
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     for kind in 0..128u8 {
+        // What is not there cannot be damaged; a worker's tables are damaged by fields, below.
+        if kind & 1 != 0 || kind >> 4 & kind >> 1 & 7 != 0 {
+            continue;
+        }
         let mut seed = vec![kind, kind >> 1];
         seed.extend([
             5, 0, 16, 0, 0, 0xff, 5, 0, 200, 8, 0, 0xff, 5, 0, 0, 16, 0, 0x0b,
@@ -190,7 +201,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         seeds.push(seed);
     }
     // Fields of the headers, one by one; states of all kinds.
-    for at in (0..160u8).step_by(4) {
+    for at in (0..160u8).step_by(8) {
         seeds.push(vec![1 | 16, 0x30, at, 0, 0, 0xff, 0xff, 0xff, 0xff]);
         seeds.push(vec![1, 0x30, at, 0, 0, 0xff, 0xff, 0xff, 0xff]);
         seeds.push(vec![0x10, 1, 8, 0x30, at, 0, 0, 9, 0, 0, 0]);

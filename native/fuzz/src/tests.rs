@@ -59,7 +59,7 @@ macro_rules! smoke_tests {
 }
 
 smoke_tests![
-    blob_meta, bootstrap, chain, channel, decode, device, fuse, ring, shared, tables, toc,
+    blob_meta, bootstrap, chain, channel, decode, device, fuse, hostile, ring, shared, tables, toc,
 ];
 
 #[test]
