@@ -53,8 +53,10 @@ pub struct Options {
 
 /// A worker that is busy without progress for so long hangs.
 const HEARTBEAT_NS: u64 = 5_000_000_000;
-/// How often heartbeats are looked at, in ms.
+/// How often heartbeats are looked at, in ms, while a thread of the worker does not sleep.
 const TICK_MS: i32 = 1000;
+/// The same while all of them sleep: a thread that wakes up and hangs is found out a little later.
+const IDLE_TICK_MS: i32 = 5000;
 /// How long an ending keeper waits for a control that it has killed, in ms.
 const CONTROL_END_MS: i32 = 300;
 /// Control is restarted at once, then ever more slowly, up to this pause.
@@ -225,9 +227,22 @@ impl Keeper {
         }
     }
 
+    /// When there is something to look after, if nothing happens before, in ms.
+    fn tick_ms(&self) -> i32 {
+        let deaf = self
+            .control
+            .as_ref()
+            .is_some_and(|c| c.hung_up_ns.is_some());
+        if deaf || self.device().slot.is_busy() {
+            TICK_MS
+        } else {
+            IDLE_TICK_MS
+        }
+    }
+
     /// Waits for one batch of events and handles it.
     fn wait(&mut self, now: u64) -> io::Result<()> {
-        let mut timeout = TICK_MS;
+        let mut timeout = self.tick_ms();
         if self.control.is_none() {
             timeout = timeout.min((self.control_due_ns.saturating_sub(now) / 1_000_000) as i32 + 1);
         }

@@ -319,11 +319,24 @@ impl WorkerSlot {
             let busy_since = record.busy_since_ns.load(Ordering::Relaxed);
             if busy_since == 0 || progress != seen.0 {
                 *seen = (progress, now);
-            } else if now.saturating_sub(seen.1) > limit_ns {
+            } else if now.saturating_sub(seen.1.max(busy_since)) > limit_ns {
+                // Its last look may be long ago, when the thread slept.
                 stuck = true;
             }
         }
         stuck
+    }
+
+    /// Whether a thread of the worker did not sleep when it was looked at just now.
+    pub fn is_busy(&self) -> bool {
+        let busy = |thread| {
+            self.shared
+                .thread(thread)
+                .busy_since_ns
+                .load(Ordering::Relaxed)
+                != 0
+        };
+        self.running.is_some() && (0..self.wakes.len()).any(busy)
     }
 }
 

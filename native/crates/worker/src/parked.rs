@@ -32,6 +32,8 @@ pub struct Parked {
 pub const REPOST_NS: u64 = 2_000_000_000;
 /// How often a thread with parked requests looks at their chunks by itself, in ms.
 pub const TICK_MS: i32 = 100;
+/// Chunks that are asked for at a time: what a driver asks for beyond that waits until some of them have come.
+pub const MAX_POSTED: usize = 16_384;
 
 /// The parked requests of one ring thread, and which chunks it has asked for.
 #[derive(Default)]
@@ -41,10 +43,12 @@ pub struct Parking {
     posted: HashSet<ChunkId>,
     /// Something was posted since control was last told.
     pub tell_control: bool,
+    /// A request waits because the pool had too much to do already.
+    pub pool_was_full: bool,
 }
 
 impl Parking {
-    /// Asks control for `chunk` unless this was done before; false when the ring is full.
+    /// Asks control for `chunk` unless this was done before; false when that has to wait.
     ///
     /// `since_ns` is when the request was taken: control tries until its time is over, not longer.
     pub fn post(
@@ -57,6 +61,9 @@ impl Parking {
     ) -> bool {
         if self.posted.contains(&chunk) {
             return true;
+        }
+        if self.posted.len() >= MAX_POSTED {
+            return false;
         }
         let pushed = ring.push(&Post {
             mount: 0,
@@ -78,6 +85,12 @@ impl Parking {
         self.posted.remove(&chunk);
     }
 
+    /// Forgets the chunks that have come. A request that waits for another one may find them gone again (evicted, or
+    /// overwritten where there is no disk), and then has to ask anew instead of waiting for what nobody fetches.
+    pub fn forget_arrived(&mut self, has_come: impl Fn(ChunkId) -> bool) {
+        self.posted.retain(|&chunk| !has_come(chunk));
+    }
+
     /// A request has failed: control may have given up each of its chunks by now, not only the one that was
     /// looked at. Whoever wants one of them has to ask again.
     pub fn forget_all_posts(&mut self) {
@@ -86,6 +99,7 @@ impl Parking {
 
     /// All waiting requests, oldest first, to be looked at; those that go on waiting are pushed again.
     pub fn take_all(&mut self) -> Vec<Parked> {
+        self.pool_was_full = false;
         std::mem::replace(&mut self.list, std::mem::take(&mut self.spare))
     }
 
@@ -114,5 +128,34 @@ impl Parking {
         for parked in &mut self.list {
             parked.posted_ns = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_so_many_chunks_are_asked_for_at_a_time() {
+        // SAFETY: all-zero bytes are valid atomics.
+        let ring: Box<PostRing> = Box::new(unsafe { std::mem::zeroed() });
+        let mut parking = Parking::default();
+        let post = |parking: &mut Parking, chunk_index| {
+            let id = ChunkId {
+                blob_index: 0,
+                chunk_index,
+            };
+            parking.post(&ring, id, 2, 0, 1)
+                && ring.pop().is_none_or(|p| p.chunk_index == chunk_index)
+        };
+        for chunk in 0..MAX_POSTED as u32 {
+            assert!(post(&mut parking, chunk));
+        }
+        assert!(!post(&mut parking, MAX_POSTED as u32));
+        assert!(post(&mut parking, 5), "it has been asked for");
+        parking.forget_arrived(|chunk| chunk.chunk_index < 2);
+        assert!(post(&mut parking, MAX_POSTED as u32));
+        assert!(post(&mut parking, 1), "it came and went");
+        assert!(!post(&mut parking, 0));
     }
 }

@@ -1,6 +1,7 @@
 //! Disk reads that would block. They go into buffers of their own, never into guest memory: a ring can be stopped
 //! at once, whatever a disk does, and only ring threads write to the guest.
 
+use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::{Condvar, Mutex};
 
@@ -50,7 +51,7 @@ pub struct Finished {
 
 #[derive(Default)]
 struct State {
-    jobs: std::collections::VecDeque<Job>,
+    jobs: VecDeque<Job>,
     /// Pieces of all jobs that wait.
     pieces: usize,
     /// Bytes of all reads that have begun and were not taken back by a ring thread.
@@ -63,7 +64,7 @@ struct State {
 pub struct Pool {
     state: Mutex<State>,
     available: Condvar,
-    finished: Vec<Mutex<Vec<Finished>>>,
+    finished: Vec<Mutex<VecDeque<Finished>>>,
     events: Vec<RawFd>,
 }
 
@@ -119,18 +120,19 @@ impl Pool {
         true
     }
 
-    /// Reads of `thread` that have ended.
-    pub fn take_finished(&self, thread: usize) -> Vec<Finished> {
-        let finished = std::mem::take(
-            &mut *self.finished[thread]
-                .lock()
-                .unwrap_or_else(|e| e.into_inner()),
-        );
-        if !finished.is_empty() {
-            self.lock().bytes -= finished.iter().map(|f| bytes_of(&f.pieces)).sum::<usize>();
+    /// The read of `thread` that ended first, if there is one.
+    pub fn take_finished(&self, thread: usize) -> Option<Finished> {
+        let finished = self.finished[thread]
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .pop_front()?;
+        let mut state = self.lock();
+        state.bytes -= bytes_of(&finished.pieces);
+        // Threads that wait for a job need not hear of memory.
+        if !state.jobs.is_empty() {
             self.available.notify_all();
         }
-        finished
+        Some(finished)
     }
 
     /// The next job that memory is left for.
@@ -161,6 +163,12 @@ impl Pool {
         !state.jobs.is_empty() || state.bytes > 0
     }
 
+    /// How many reads of `thread` have ended and were not taken back.
+    #[cfg(test)]
+    pub fn ended(&self, thread: usize) -> usize {
+        self.finished[thread].lock().unwrap().len()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -186,7 +194,7 @@ impl Pool {
             self.finished[job.thread]
                 .lock()
                 .unwrap_or_else(|e| e.into_inner())
-                .push(done);
+                .push_back(done);
             let one = 1u64.to_ne_bytes();
             // SAFETY: eight bytes to an eventfd; it only fails when the counter is full, and then it is readable.
             unsafe { libc::write(self.events[job.thread], one.as_ptr().cast(), 8) };

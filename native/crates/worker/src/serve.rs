@@ -313,6 +313,7 @@ impl Server {
             self.shared.failpoint().pass(Point::PoolSubmitted);
         } else if let Some(first) = self.reader.pieces.first() {
             // The chunk is here: it is looked at again with the others that wait, and nobody needs to be asked for it.
+            self.parking.pool_was_full = true;
             let chunk = ChunkId {
                 blob_index: first.blob_index,
                 chunk_index: first.chunk_index,

@@ -14,6 +14,9 @@ use crate::channel::{self, Answer, Command, Op, RingWords};
 use crate::mount::{BlobFds, MountFds};
 use crate::{RingSetup, Setup};
 
+mod requests;
+pub use requests::*;
+
 pub use crate::mount::Mount;
 pub use crate::pool::Pool;
 pub use crate::thread::RingThread;
@@ -223,6 +226,12 @@ impl Bench {
         let pool = leak(Pool::new(1));
         *self.pool.lock().unwrap() = pool;
         RingThread::new(0, setup, self.mount, pool).unwrap()
+    }
+
+    /// How many reads the pool has ended that the thread has not taken back.
+    #[cfg(test)]
+    pub fn pool_has_ended(&self) -> usize {
+        self.pool.lock().unwrap().ended(0)
     }
 
     pub fn pool_is_busy(&self) -> bool {
@@ -449,6 +458,24 @@ pub fn read(
     }
 }
 
+/// Entries of a test's queue.
+pub const SIZE: u16 = 256;
+
+/// The sample image, a driver whose indexes start at `start`, and a thread that serves its queue 1.
+pub fn running(start: u16) -> (Bench, Driver, RingThread) {
+    let bench = Bench::sample();
+    let driver = bench.driver(1, SIZE, start);
+    let thread = bench.thread(vec![ring(&driver, 1)]);
+    (bench, driver, thread)
+}
+
+/// The thread's own loop without the sleep.
+pub fn turn(thread: &mut RingThread) {
+    thread.finish_pool();
+    thread.unpark();
+    thread.round();
+}
+
 /// What a worker is told about `driver`'s ring as queue `queue`.
 pub fn ring(driver: &Driver, queue: usize) -> RingSetup {
     RingSetup {
@@ -462,32 +489,4 @@ pub fn ring(driver: &Driver, queue: usize) -> RingSetup {
         kick: None,
         call: None,
     }
-}
-
-/// A FUSE message: in header and arguments.
-pub fn message(opcode: u32, nodeid: u64, args: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    out.extend((40 + args.len() as u32).to_le_bytes());
-    out.extend(opcode.to_le_bytes());
-    out.extend(7u64.to_le_bytes());
-    out.extend(nodeid.to_le_bytes());
-    out.extend([0; 16]);
-    out.extend(args);
-    out
-}
-
-/// Arguments of READ, READDIR and READDIRPLUS.
-pub fn read_args(offset: u64, size: u32) -> Vec<u8> {
-    let mut out = vec![0; 40];
-    out[8..16].copy_from_slice(&offset.to_le_bytes());
-    out[16..20].copy_from_slice(&size.to_le_bytes());
-    out
-}
-
-/// The node id of `name` in the root of `mount`'s image.
-pub fn node(mount: &Mount, name: &[u8]) -> u64 {
-    let tree = mount.tree().unwrap();
-    let root = tree.inode(tree.root()).unwrap();
-    let (nid, _) = tree.lookup(&root, name).unwrap().expect("the file");
-    crate::mount::nodeid_of(nid, tree.root())
 }

@@ -14,7 +14,7 @@ use session::inflight::Outstanding;
 
 use crate::mount::Mount;
 use crate::ops::Errno;
-use crate::parked::{Parked, REPOST_NS, TICK_MS};
+use crate::parked::{ChunkId, Parked, REPOST_NS, TICK_MS};
 use crate::pool::{Finished, Pool};
 use crate::queue::Queue;
 use crate::serve::{Head, Server};
@@ -134,9 +134,11 @@ impl RingThread {
             .worker_ready_ns
             .store(now_ns(), Ordering::Relaxed);
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
-        let (mut rested, mut more) = (false, false);
+        let mut rested = false;
+        // Whether waiting requests have to be looked at, when that was done last, and whether the pool has ended reads.
+        let (mut look, mut looked_ns, mut read) = (true, 0, true);
         loop {
-            more |= self.round();
+            let more = self.round() | look | read;
             if self.server.parking.tell_control {
                 self.server.parking.tell_control = false;
                 write_event(self.post);
@@ -170,17 +172,27 @@ impl RingThread {
                 continue;
             }
             rested = false;
-            self.set_busy();
+            let now = self.set_busy();
             session::add(&thread.wakeups, 1);
             for event in &events[..n as usize] {
-                // Wake-ups of control and kicks need nothing here: all that waits is looked at below.
-                if event.u64 == TOKEN_POOL {
-                    self.finish_pool();
-                } else if event.u64 == TOKEN_CHANNEL && !self.commands()? {
-                    return Ok(());
+                match event.u64 {
+                    TOKEN_POOL => read = true,
+                    TOKEN_WAKE => look = true,
+                    TOKEN_CHANNEL if !self.commands()? => return Ok(()),
+                    TOKEN_CHANNEL => look = true,
+                    // A kick: all rings are looked at by the next round.
+                    _ => {}
                 }
             }
-            more = self.unpark();
+            if read {
+                look |= self.server.parking.pool_was_full;
+                read = self.finish_pool();
+            }
+            // Not with every kick: warm requests do not pay for those that wait, however many these are.
+            if look || now.saturating_sub(looked_ns) >= TICK_MS as u64 * 1_000_000 {
+                looked_ns = now;
+                look = self.unpark();
+            }
         }
     }
 
@@ -189,12 +201,12 @@ impl RingThread {
         self.server.parking.list.is_empty() && self.queues.iter().all(|q| q.waiting.is_empty())
     }
 
-    fn set_busy(&self) {
-        self.server
-            .shared
-            .thread(self.index)
-            .busy_since_ns
-            .store(now_ns(), Ordering::Relaxed);
+    /// Notes since when the thread is busy: now, which is returned.
+    fn set_busy(&self) -> u64 {
+        let now = now_ns();
+        let thread = self.server.shared.thread(self.index);
+        thread.busy_since_ns.store(now, Ordering::Relaxed);
+        now
     }
 
     pub(crate) fn step(&self) {
@@ -311,6 +323,9 @@ impl RingThread {
         let now = now_ns();
         self.expire_waiting(now);
         let mut budget = Budget::default();
+        let mount = self.server.mount;
+        let has_come = |chunk| locate(mount, chunk) != Location::Absent;
+        self.server.parking.forget_arrived(has_come);
         let list = self.server.parking.take_all();
         for parked in &list {
             let at = self.position(parked.queue);
@@ -318,15 +333,7 @@ impl RingThread {
                 self.server.parking.list.push(*parked);
                 continue;
             };
-            let location = self
-                .server
-                .mount
-                .blob(parked.missing.blob_index)
-                .map_or(Location::Invalid, |blob| {
-                    blob.locate(parked.missing.chunk_index)
-                });
-            if location != Location::Absent {
-                self.server.parking.forget_post(parked.missing);
+            if has_come(parked.missing) {
                 self.server.shared.failpoint().pass(Point::Unparked);
                 let at = Head {
                     head: parked.head,
@@ -383,34 +390,41 @@ impl RingThread {
         )
     }
 
-    pub(crate) fn finish_pool(&mut self) {
-        self.finish(self.server.pool.take_finished(self.index));
-    }
-
-    fn finish(&mut self, all: Vec<Finished>) {
-        for finished in all {
-            let Some(i) = self.position(finished.ticket.queue) else {
-                continue;
+    /// Answers with what the pool has read, up to the budget of a round; true when there is more.
+    pub(crate) fn finish_pool(&mut self) -> bool {
+        let mut budget = Budget::default();
+        while !budget.is_spent() {
+            let Some(finished) = self.server.pool.take_finished(self.index) else {
+                break;
             };
-            let queue = &mut self.queues[i];
-            if queue.epoch != finished.ticket.epoch {
-                continue;
-            }
-            if queue.can_answer() {
-                self.server.serve_finished(queue, &finished);
-            } else {
-                // Its memory is away for the moment, or the machine stands still: the request is served once more when
-                // it goes on.
-                queue.backlog.push_back(Outstanding {
-                    head: finished.ticket.head,
-                    counter: 0,
-                    taken_ns: finished.taken_ns,
-                    poisonous: false,
-                });
-            }
-            self.step();
+            budget.spend(finished.data.as_ref().map_or(0, Vec::len));
+            self.finish(&finished);
         }
         self.flush_all();
+        budget.is_spent()
+    }
+
+    fn finish(&mut self, finished: &Finished) {
+        let Some(i) = self.position(finished.ticket.queue) else {
+            return;
+        };
+        let queue = &mut self.queues[i];
+        if queue.epoch != finished.ticket.epoch {
+            return;
+        }
+        if queue.can_answer() {
+            self.server.serve_finished(queue, finished);
+        } else {
+            // Its memory is away for the moment, or the machine stands still: the request is served once more when
+            // it goes on.
+            queue.backlog.push_back(Outstanding {
+                head: finished.ticket.head,
+                counter: 0,
+                taken_ns: finished.taken_ns,
+                poisonous: false,
+            });
+        }
+        self.step();
     }
 
     fn watch(&self, fd: RawFd, token: u64, events: u32) -> io::Result<()> {
@@ -450,6 +464,12 @@ impl RingThread {
             };
         }
     }
+}
+
+/// Where a chunk is.
+fn locate(mount: &Mount, chunk: ChunkId) -> Location {
+    let blob = mount.blob(chunk.blob_index);
+    blob.map_or(Location::Invalid, |blob| blob.locate(chunk.chunk_index))
 }
 
 fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {

@@ -10,32 +10,9 @@ use crate::RingSetup;
 use crate::channel::{Command, Op};
 use crate::testing::*;
 
-const SIZE: u16 = 256;
-
-fn get_attr(bench: &Bench) -> Vec<u8> {
-    message(opcode::GETATTR, node(bench.mount, b"small"), &[0; 16])
-}
-
-fn read_small(bench: &Bench) -> Vec<u8> {
-    message(
-        opcode::READ,
-        node(bench.mount, b"small"),
-        &read_args(0, 4096),
-    )
-}
-
-/// The thread's own loop without the sleep.
-fn turn(thread: &mut RingThread) {
-    thread.finish_pool();
-    thread.unpark();
-    thread.round();
-}
-
 #[test]
 fn a_read_waits_for_its_chunk() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 65_535);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(65_535);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
     assert_eq!(driver.answers(&bench.guest), []);
@@ -54,9 +31,7 @@ fn a_read_waits_for_its_chunk() {
 /// SET_MEM_TABLE, or a region that is removed and added: the ring's memory is away while a chunk comes.
 #[test]
 fn nothing_is_lost_while_memory_is_away() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 0);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(0);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
     bench.remove_memory(&mut thread);
@@ -97,11 +72,50 @@ fn what_the_pool_has_read_is_served_once_memory_is_back() {
     assert_eq!(bench.shared.log(1).in_flight(), 0);
 }
 
+/// A read of two chunks that come one after the other, in a cache that has room for one.
+#[test]
+fn a_chunk_that_came_and_went_is_asked_for_again() {
+    let (bench, mut driver, mut thread) = running(0);
+    let posts = &bench.shared.thread(0).posts;
+    let asked = || std::iter::from_fn(|| posts.pop().map(|p| p.chunk_index)).collect::<Vec<_>>();
+    let read = message(opcode::READ, node(bench.mount, b"big"), &read_args(0, 8192));
+    bench.request(&mut driver, 1, 0, &read, 0x2000 + 16);
+    turn(&mut thread);
+    assert_eq!(asked(), [0, 1]);
+    bench.blobs[0].store(1, 7);
+    turn(&mut thread);
+    bench.blobs[0].discard(1);
+    bench.blobs[0].store(0, 9);
+    turn(&mut thread);
+    assert_eq!(asked(), [1]);
+    bench.blobs[0].store(1, 7);
+    turn(&mut thread);
+    assert_eq!(driver.answers(&bench.guest), [(0, 8192 + 16)]);
+}
+
+/// Nor does what the pool has read keep commands and hiprio waiting.
+#[test]
+fn what_the_pool_has_read_is_served_in_rounds() {
+    let (bench, mut driver, mut thread) = running(0);
+    bench.blobs[1].store_in_file(0, 9);
+    for head in (0..SIZE).step_by(2) {
+        bench.request(&mut driver, 1, head, &read_small(&bench), 0x1000);
+    }
+    while thread.round() {}
+    while bench.pool_has_ended() < usize::from(SIZE / 2) {
+        std::thread::yield_now();
+    }
+    for more in [true, true, false] {
+        assert_eq!(thread.finish_pool(), more);
+        let n = driver.answers(&bench.guest).len();
+        assert_eq!(n, if more { ROUND_HEADS } else { 0 });
+    }
+    assert!(!bench.pool_is_busy());
+}
+
 #[test]
 fn chunks_are_touched_by_the_reads_that_they_answer() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 0);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(0);
     // A read that waits has not been answered.
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
@@ -213,9 +227,7 @@ fn a_disowned_log_is_not_gone_on_from() {
 
 #[test]
 fn stop_and_go_on() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 65_535);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(65_535);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
     let answer = bench.stop(&mut thread, 1);
@@ -322,9 +334,7 @@ fn a_round_ends_whatever_the_driver_does() {
 /// What one chunk frees is served in rounds too: a command in between is answered at once.
 #[test]
 fn what_one_chunk_frees_is_served_in_rounds() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 0);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(0);
     for head in (0..SIZE).step_by(2) {
         bench.request(&mut driver, 1, head, &read_small(&bench), 0x1000);
     }
@@ -394,9 +404,7 @@ fn a_poisonous_request_fails_alone() {
 
 #[test]
 fn a_deadline_is_an_error_for_that_request() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 0);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(0);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
     thread.server.parking.list[0].deadline_ns = 1;

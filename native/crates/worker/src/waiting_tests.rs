@@ -2,31 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use fuse_abi::opcode;
-
-use super::*;
 use crate::RingSetup;
 use crate::testing::*;
-
-const SIZE: u16 = 64;
-
-fn get_attr(bench: &Bench) -> Vec<u8> {
-    message(opcode::GETATTR, node(bench.mount, b"small"), &[0; 16])
-}
-
-fn read_small(bench: &Bench) -> Vec<u8> {
-    message(
-        opcode::READ,
-        node(bench.mount, b"small"),
-        &read_args(0, 4096),
-    )
-}
-
-fn turn(thread: &mut RingThread) {
-    thread.finish_pool();
-    thread.unpark();
-    thread.round();
-}
 
 /// The heads that were answered since the last call, sorted.
 fn heads(driver: &mut virtq::testing::Driver, bench: &Bench) -> Vec<u32> {
@@ -38,9 +15,7 @@ fn heads(driver: &mut virtq::testing::Driver, bench: &Bench) -> Vec<u32> {
 /// Taken between REM_MEM_REG and ADD_MEM_REG, parked before, read by the pool meanwhile: each is answered once.
 #[test]
 fn requests_wait_for_the_memory_of_their_buffers() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 65_530);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(65_530);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
     bench.remove_places(&mut thread);
@@ -88,9 +63,7 @@ fn a_ring_can_be_stopped_while_requests_wait_for_memory() {
 /// Nothing can be told to somebody who waits for memory that does not come: the buffer goes back.
 #[test]
 fn memory_that_does_not_come_back_is_waited_for_until_the_deadline() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 0);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(0);
     bench.remove_places(&mut thread);
     for head in [0, 2] {
         bench.request(&mut driver, 1, head, &get_attr(&bench), 0x1000);
@@ -142,9 +115,7 @@ fn a_paused_ring_gets_no_answers() {
 
 #[test]
 fn a_pause_brings_no_deadline_nearer() {
-    let bench = Bench::sample();
-    let mut driver = bench.driver(1, SIZE, 0);
-    let mut thread = bench.thread(vec![ring(&driver, 1)]);
+    let (bench, mut driver, mut thread) = running(0);
     bench.request(&mut driver, 1, 0, &read_small(&bench), 0x1000);
     turn(&mut thread);
     bench.enable(&mut thread, 1, false);
