@@ -145,6 +145,17 @@ def start(
         yield start_one
 
 
+def attach(daemon: Daemon) -> Session:
+    """Its session, once it has made the memory of it: that is after its sockets are bound."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return Session.attach(daemon.process.pid)
+        except ProcessLookupError:
+            assert time.monotonic() < deadline, "no session"
+            time.sleep(0.002)
+
+
 @contextmanager
 def run_daemon(
     sim: RegistrySimulator | FaultyProxy | Registry,

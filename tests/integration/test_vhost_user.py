@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from tests.integration.conftest import Served, children, run_daemon
+from tests.integration.conftest import Served, attach, children, run_daemon
 from virtiofsd_rafs.fuse import Opcode
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.frontend_link import Region
@@ -208,7 +208,7 @@ def test_who_connects_and_says_nothing_is_no_vmm(made_image, registry_sim, short
     """A probe, or a VMM that died early: not logged, not counted, and not the end of a VM."""
     registry_sim.store.add_build("app", "1", made_image.out)
     with run_daemon(registry_sim, short_dir) as daemon:
-        session = Session.attach(daemon.process.pid)
+        session = attach(daemon)
         for _ in range(3):
             with socket.socket(socket.AF_UNIX) as silent:
                 silent.connect(str(daemon.socket))
