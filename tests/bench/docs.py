@@ -85,8 +85,9 @@ def _held(results: Any) -> Blocks:
     for each in results:
         if each["op"] == "both":
             cells = [_latencies(each[when]) for when in ("idle", "held")]
-            rows.append([each["side"], str(each["round"]), *cells, f"{each['ratio']:.2f}"])
-    head = ["side", "round", "idle p50, p99, p99.9, max (µs)", "held p50, p99, p99.9, max (µs)", "p99 ratio"]
+            rows.append([each["trouble"], each["side"], str(each["round"]), *cells, f"{each['ratio']:.2f}"])
+    latencies = "p50, p99, p99.9, max (µs)"
+    head = ["beside", "side", "round", f"idle {latencies}", f"beside {latencies}", "p99 ratio"]
     return {"held": markdown(head, rows)}
 
 

@@ -1,50 +1,53 @@
-"""Warm requests beside one that waits for a chunk which the registry holds back."""
+"""Warm requests beside others that wait: for chunks which the registry holds back, for a disk."""
 
 from __future__ import annotations
 
-import struct
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 import click
 
-from guest.daemon import Daemon
-from tests.bench import peers, sides
+from tests.bench import sides, stalls
 from tests.bench.figures import print_table, write_json
-from tests.bench.material import LARGE_SIZE, N_LARGE, REPOSITORY, Material, in_registry, prepare, reference
-from tests.bench.options import json_option, nydusd_option, rounds_option, work_option
-from virtiofsd_rafs.fuse import Opcode
+from tests.bench.kit import contenders, pages
+from tests.bench.material import LARGE_SIZE, Material, in_registry, prepare
+from tests.bench.options import json_option, nydusd_option, rounds_option, virtiofsd_option, work_option
 from virtiofsd_rafs.native.frontend import Load, Op, OpResult, Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.sim.registry import RegistrySimulator
+    from tests.bench.kit.contenders import Contender
+    from tests.bench.stalls import Beside
 
+Trouble = Literal["chunk", "chunks", "disk"]
+TROUBLES: tuple[Trouble, ...] = ("chunk", "chunks", "disk")
+N_HELD = {"chunk": 1, "chunks": 64}
 N_WARM = 500
-_GUARD_S = 60.0
-# By so much the load ends before the chunk comes: what is answered after that is not part of it.
+DISK_DEPTH = 32
+# By so much the load ends before the chunks come: what is answered after that is not part of it.
 _MARGIN_S = 0.5
 
 
 @attrs.frozen
 class Outcome:
-    """One operation in one round: idle, and while the chunk was held back."""
+    """One operation in one round: idle, and beside what waits."""
 
     side: str
+    trouble: Trouble
     round: int
     op: str
     idle: OpResult
     held: OpResult
+    beside: Beside
 
     @property
     def ratio(self) -> float:
-        """What the held-back chunk does to p99."""
+        """What the trouble does to p99."""
         return self.held.p99_us / self.idle.p99_us
 
 
@@ -56,66 +59,86 @@ class Patient:
     ops: list[Op]
     cold: list[Target]
 
+    def warm_up(self) -> None:
+        """Reads all of the warm files."""
+        for target in self.ops[0].targets:
+            for offset in range(0, target.size, 1 << 20):
+                self.side.fe.read(target.nodeid, offset, 1 << 20, fh=target.fh)
 
-def warm_up(side: sides.Side, material: Material) -> Patient:
-    """Reads 500 of the small files; the large ones stay in the registry."""
+    def load(self, seconds: float) -> Load:
+        return Load(self.ops, depth=32, duration_s=seconds, canaries=False, stall_s=stalls.GUARD_S)
+
+
+def admit(side: sides.Side, material: Material) -> Patient:
+    """500 of the small files are the warm ones, and read once; the large ones are not touched."""
     fe = side.fe
-    paths = sorted(material.tree.glob("dir*/file*"))
-    paths = [path for path in paths if path.stat().st_size >= 4096][:N_WARM]
+    paths = [path for path in sorted(material.tree.glob("dir*/file*")) if path.stat().st_size >= 4096]
     warm = []
-    for path in paths:
+    for path in paths[:N_WARM]:
         node = fe.resolve(str(path.relative_to(material.tree))).nodeid
         warm.append(Target(node, size=path.stat().st_size, fh=fe.open(node), content=path))
-        for offset in range(0, warm[-1].size, 1 << 20):
-            fe.read(node, offset, 1 << 20, fh=warm[-1].fh)
     cold = []
     for path in sorted(material.tree.glob("large*")):
         node = fe.resolve(path.name).nodeid
         cold.append(Target(node, size=LARGE_SIZE, fh=fe.open(node), content=path))
-    return Patient(side, [Op("read", warm, 4096), Op("getattr", warm)], cold)
+    patient = Patient(side, [Op("read", warm, 4096), Op("getattr", warm)], cold)
+    patient.warm_up()
+    return patient
 
 
-def one_round(patient: Patient, sim: RegistrySimulator, number: int, seconds: float) -> list[Outcome]:
-    """Both loads, and the read that waits beside the second one; every round takes another cold file.
+def one_round(
+    contender: Contender, trouble: Trouble, number: int, material: Material, seconds: float
+) -> list[Outcome]:
+    """A back-end with an empty cache, and both loads on it: idle, and beside the trouble.
 
     Raises:
-        RuntimeError: a request failed or brought wrong bytes, or the read did not reach the registry.
+        RuntimeError: a warm request failed or brought wrong bytes, or the trouble was none.
     """
-    fe, target = patient.side.fe, patient.cold[number]
-    load = Load(patient.ops, depth=32, duration_s=seconds - _MARGIN_S, canaries=False, stall_s=_GUARD_S)
-    idle = fe.load(load)
-    fault = sim.fault("hold", where="blob")
-    offset = LARGE_SIZE // 2
-    token = fe.request(
-        Opcode.READ, target.nodeid, struct.pack("<QQIIQII", target.fh, offset, 4096, 0, 0, 0, 0), 4096
-    )
-    deadline = time.monotonic() + _GUARD_S
-    while not fault.hits:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{patient.side.name}: the read of a cold chunk did not reach the registry")
-        time.sleep(0.001)
-    timer = threading.Timer(seconds, fault.release)
-    timer.start()
-    try:
-        held = fe.load(load)
-    finally:
-        timer.join()
-    reply = fe.wait(token, _GUARD_S)
-    assert target.content is not None
-    with target.content.open("rb") as file:
-        file.seek(offset)
-        if reply.error or reply.data != file.read(4096):
-            raise RuntimeError(f"{patient.side.name}: the read that was held back failed: {reply.error}")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vr-")))
+        sim = stack.enter_context(in_registry(material))
+        if trouble == "disk":
+            # On the disk that holds the tree: /tmp may be memory.
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="held-", dir=material.tree.parent))
+            )
+            back_end = contender.start(folder)
+        else:
+            assert contender.over is not None
+            back_end = contender.over(sim, folder)
+        patient = admit(stack.enter_context(sides.start(contender.name, back_end)), material)
+        fe = patient.side.fe
+        load = patient.load(seconds - _MARGIN_S)
+        if trouble == "disk":
+            assert contender.data is not None
+            whole = Op("read", patient.cold, 128 << 10, random=False)
+            count = len(patient.cold) * -(-LARGE_SIZE // whole.size)
+            fe.load(Load([whole], depth=8, count=count, canaries=False, stall_s=stalls.GUARD_S))
+            data = list(contender.data(folder))
+            pages.drop(data)
+            patient.warm_up()
+            parts = {path: stalls.absent_ranges(path) for path in data}
+            idle = fe.load(load)
+            entered = stalls.disk_reads(patient.side, parts, patient.cold, DISK_DEPTH, seconds)
+        else:
+            idle = fe.load(load)
+            pause = trouble == "chunks"
+            entered = stalls.held_chunks(
+                patient.side, sim, patient.cold, N_HELD[trouble], seconds, pause=pause
+            )
+        with entered as beside:
+            held = fe.load(load)
     for result in (idle, held):
         if result.total.errors or result.total.wrong or result.lost:
-            raise RuntimeError(f"{patient.side.name}: {result}")
+            raise RuntimeError(f"{contender.name}, {trouble}: {result}")
+    name = contender.name
     pairs = zip(patient.ops, idle.ops, held.ops, strict=True)
-    outcomes = [Outcome(patient.side.name, number + 1, op.kind, a, b) for op, a, b in pairs]
-    return [*outcomes, Outcome(patient.side.name, number + 1, "both", idle.total, held.total)]
+    outcomes = [Outcome(name, trouble, number, op.kind, a, b, beside) for op, a, b in pairs]
+    return [*outcomes, Outcome(name, trouble, number, "both", idle.total, held.total, beside)]
 
 
 def best(outcomes: Sequence[Outcome]) -> tuple[float, float]:
-    """Of both operations together: the best p99 beside a held-back chunk as a multiple of the best idle one,
+    """Of both operations together: the best p99 beside what waits as a multiple of the best idle one,
     and the longest request of that round in microseconds.
 
     Both are the best of all rounds, so that a disturbed idle round makes nothing look good.
@@ -125,53 +148,87 @@ def best(outcomes: Sequence[Outcome]) -> tuple[float, float]:
     return held.p99_us / min(each.idle.p99_us for each in both), held.max_us
 
 
+def _show(outcomes: Sequence[Outcome]) -> None:
+    head = ["side", "beside", "round", "requests", "load", "count", "p50", "p99", "p99.9", "max", "p99 ratio"]
+    rows: list[list[object]] = []
+    for each in outcomes:
+        for name, r in (("idle", each.idle), ("beside", each.held)):
+            ratio = f"{each.ratio:.2f}" if name == "beside" else ""
+            latencies = [float(us) for us in (r.p50_us, r.p99_us, r.p999_us, r.max_us)]
+            rows.append([each.side, each.trouble, each.round, each.op, name, r.count, *latencies, ratio])
+    print_table(head, rows)
+
+
+def _verdict(side: str, trouble: Trouble, outcomes: Sequence[Outcome]) -> str:
+    ratio, longest = best(outcomes)
+    text = f"{side}, {trouble}: p99 x {ratio:.2f}, longest {longest / 1000:.1f} ms"
+    besides = [each.beside for each in outcomes if each.op == "both"]
+    stops = [beside.stop_ms for beside in besides if beside.stop_ms is not None]
+    if stops:
+        text += f"; paused with {N_HELD[trouble]} parked in {max(stops):.1f} ms at most"
+    colds = [beside.cold for beside in besides if beside.cold is not None]
+    if colds:
+        slowest = min(cold.ops_per_s for cold in colds)
+        disk = min(beside.disk_mib for beside in besides)
+        text += f"; reads from disk {slowest:.0f}/s, {disk:.0f} MiB at least"
+    failed = sum(beside.failed for beside in besides)
+    return text + (f"; {failed} of the reads that waited failed" if failed else "")
+
+
 @click.command()
+@virtiofsd_option
 @nydusd_option
-@rounds_option(3, N_LARGE)
+@rounds_option(3)
 @click.option(
     "--seconds",
     type=click.FloatRange(1),
     default=5.0,
     show_default=True,
-    help="How long the chunk is held back.",
+    help="How long chunks are held back, and the disk is read.",
+)
+@click.option(
+    "--beside",
+    "troubles",
+    type=click.Choice(TROUBLES),
+    multiple=True,
+    default=TROUBLES,
+    help="What waits: one chunk, 64 chunks, or reads of a disk; may be repeated. Default: each.",
 )
 @work_option
 @json_option
-def held(nydusd: str | None, rounds: int, seconds: float, work: Path, json_path: Path | None) -> None:
-    """Warm 4 KiB reads and getattrs, depth 32, while one chunk does not come.
+def held(
+    virtiofsd: str | None,
+    nydusd: str | None,
+    rounds: int,
+    seconds: float,
+    troubles: tuple[Trouble, ...],
+    work: Path,
+    json_path: Path | None,
+) -> None:
+    """Warm 4 KiB reads and getattrs, depth 32, while chunks do not come, or beside reads of a cold disk.
 
-    One queue; the same load without and with one more read in it, whose chunk the registry holds back.
-    Latencies in microseconds.
+    One queue; the same load without and with more reads in it: one, or 64, whose chunks the registry holds
+    back, or 4 KiB at random, depth 32, whose data lies on the disk and not in the page cache. A new back-end
+    with an empty cache for every round. Latencies in microseconds.
     """
     material = prepare(work)
+    found = contenders.find(
+        material,
+        work,
+        virtiofsd_program=virtiofsd or contenders.NONE,
+        nydusd_program=nydusd,
+        with_floor=False,
+    )
     outcomes: list[Outcome] = []
-    with ExitStack() as stack:
-        sim = stack.enter_context(in_registry(material))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vr-")))
-        options = ["--plain-http", "--cache-dir", str(folder / "cache"), "--log-level", "warning"]
-        back_end = Daemon(reference(sim), folder, folder / "log", options)
-        patients = [warm_up(stack.enter_context(sides.start("rafs", back_end)), material)]
-        if nydusd is not None:
-            blobs = peers.registry(sim.host, REPOSITORY)
-            other = folder / "nydusd"
-            peer = peers.Nydusd(nydusd, material.bootstrap, blobs, other, other / "cache")
-            patients.append(warm_up(stack.enter_context(sides.start("nydusd", peer)), material))
-        for number in range(rounds):
-            for patient in patients:
-                outcomes += one_round(patient, sim, number, seconds)
-                time.sleep(1)  # what the released chunk brings along is stored
-    head = ["side", "round", "requests", "load", "count", "p50", "p99", "p99.9", "max", "p99 ratio"]
-    rows: list[list[object]] = []
-    for each in outcomes:
-        for name, r in (("idle", each.idle), ("held", each.held)):
-            ratio = each.ratio if name == "held" else ""
-            latencies = [float(us) for us in (r.p50_us, r.p99_us, r.p999_us, r.max_us)]
-            rows.append(
-                [each.side, each.round, each.op, name, r.count, *latencies, f"{ratio:.2f}" if ratio else ""]
-            )
-    print_table(head, rows)
-    for patient in patients:
-        name = patient.side.name
-        ratio, longest = best([each for each in outcomes if each.side == name])
-        click.echo(f"{name}: best of {rounds}: p99 x {ratio:.2f}, longest {longest / 1000:.1f} ms")
+    for trouble in troubles:
+        taking_part = [c for c in found if trouble == "disk" or c.over is not None]
+        for number in range(1, rounds + 1):
+            for contender in taking_part:
+                outcomes += one_round(contender, trouble, number, material, seconds)
+                time.sleep(0.5)
+    _show(outcomes)
+    for trouble in troubles:
+        for side in dict.fromkeys(each.side for each in outcomes if each.trouble == trouble):
+            own = [each for each in outcomes if (each.side, each.trouble) == (side, trouble)]
+            click.echo(_verdict(side, trouble, own))
     write_json(json_path, [attrs.asdict(each) | {"ratio": each.ratio} for each in outcomes])

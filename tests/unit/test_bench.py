@@ -21,6 +21,7 @@ from tests.bench.held import Outcome, best
 from tests.bench.many import Traffic as Sent
 from tests.bench.many import traffic
 from tests.bench.planner_model import Access, Blob, Model, recorded
+from tests.bench.stalls import Beside
 from tests.bench.start import summary
 from tests.bench.trace import STEP, boot_like
 from virtiofsd_rafs.native.frontend import LoadResult, OpResult
@@ -114,7 +115,10 @@ def op_result(p99_us: float) -> OpResult:
 
 def test_the_best_held_round_is_compared_with_the_best_idle_one() -> None:
     rounds = [("read", 1, 9, 9), ("both", 1, 10, 30), ("both", 2, 20, 25), ("both", 3, 50, 40)]
-    outcomes = [Outcome("a", n, op, op_result(idle), op_result(held)) for op, n, idle, held in rounds]
+    outcomes = [
+        Outcome("a", "chunk", n, op, op_result(before), op_result(held), Beside())
+        for op, n, before, held in rounds
+    ]
     assert best(outcomes) == (2.5, 25)
 
 
