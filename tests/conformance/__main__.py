@@ -6,6 +6,7 @@ import fnmatch
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,10 @@ from tests.conformance.report import Result, load, merge, terminal, to_json, wri
 from tests.conformance.runner import LIMIT_S, TIMEOUT_S, run
 from tests.conformance.tree import Tree, load_tree, make_tree
 from tests.conformance.verdict import OK
+
+if TYPE_CHECKING:
+    from tests.conformance.check import Check
+    from tests.conformance.verdict import Verdict
 
 
 def _named(text: str, default: str) -> tuple[str, str]:
@@ -108,11 +113,10 @@ def main(
             place = work / f"b{i}"
             place.mkdir()
 
-            def tell(check: object, verdict: object, name: str = judged.name) -> None:
-                word = getattr(verdict, "word", "")
-                if word != OK:
-                    identity, how = getattr(check, "id", ""), getattr(verdict, "how", "")
-                    click.echo(f"{name}: {identity}: {word}: {how}", err=True)
+            def tell(check: Check, verdict: Verdict, name: str = judged.name) -> None:
+                if verdict.word != OK:
+                    line = f"{name}: {check.id}: {verdict.word}: {verdict.how}"
+                    click.echo(f"{line} ({verdict.where})" if verdict.where else line, err=True)
 
             verdicts = run(chosen, judged, tree, place, timeout_s=timeout, limit_s=LIMIT_S, tell=tell)
             results.append(Result(judged.name, judged.version, verdicts))

@@ -37,9 +37,6 @@ def _exercise(subject: Subject, case: _Subset) -> None:
         vm.collect(reads)
         region = vm.plug(1 << 36, 1 << 20)
         vm.collect([vm.read("big", 4096, 16384, region=region)])
-        vm.fe.reset()
-        vm.forget_nodes()
-        vm.fe.init()
         vm.serves()
 
 

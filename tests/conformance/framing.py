@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.conformance.check import Violation, check, checks, ensure
 from tests.conformance.raw import Raw, table
-from virtiofsd_rafs.fuse import Opcode
+from virtiofsd_rafs.fuse import Opcode, build_request
 from virtiofsd_rafs.fuse.structs import ReadIn
 from virtiofsd_rafs.native.frontend_device import Layout
 from virtiofsd_rafs.native.frontend_link import MiB, Region
@@ -165,6 +165,37 @@ def _table_long(subject: Subject) -> None:
         pieces = [*raw.request_pieces(), *raw.reply_pieces(*cuts)]
         ensure(len(pieces) == 64, "the check itself is wrong")
         _expect(raw, [table(vm, pieces)], want)
+
+
+@check(
+    "frame.empty-descriptors",
+    "Descriptors of no length in between change nothing",
+    source=_FRAMING,
+    says=_FRAMING_SAYS,
+)
+def _empty(subject: Subject) -> None:
+    with subject.vm() as vm:
+        raw, want = _raw_read(vm)
+        first, second = raw.request_pieces(40)
+        head, rest = raw.reply_pieces(16)
+        nothing, nowhere = (raw.request, 0, 0), (raw.reply, 0, 1)
+        _expect(raw, [nothing, first, nothing, second, nowhere, head, nowhere, rest, nowhere], want)
+
+
+@check(
+    "frame.header-length-lies",
+    "An in header with a wrong length is refused or served by what is there, and does no harm",
+    source="include/uapi/linux/fuse.h, fuse_in_header.len; virtio 1.3, 2.7.5.2, 5.11.6.1",
+    says="len counts the whole request. A driver may be wrong or hostile; the device must survive.",
+)
+def _length_lies(subject: Subject) -> None:
+    with subject.vm() as vm:
+        for length in (0, 1, 39, 40, 55, 57, 4096, 0xFFFF_FFFF):
+            unique = vm.fe.next_unique()
+            data = build_request(Opcode.GETATTR, vm.node("f00"), bytes(16), unique=unique, len_=length)
+            reply = vm.fe.wait(vm.fe.submit(data, 104))
+            ensure(0 <= reply.error < 512, f"error {-reply.error} for a length of {length}")
+        vm.serves()
 
 
 @check(

@@ -83,7 +83,7 @@ class Judged:
         panic = _PANIC.search(log)
         code = self._running.process.poll()
         if code or panic:
-            return f"panicked at {panic.group(1)}" if panic else f"exit code {code}"
+            return f"panicked at {panic.group(1)}" if panic else f"exit code {code}{_last_words(log)}"
         return ""
 
     def stop(self) -> None:
@@ -185,6 +185,13 @@ def command(name: str, template: str, tree: Tree, version: str = "", image: Path
 def attached(name: str, socket: Path) -> Judged:
     """A back-end that runs already and serves the tree; it must listen again after each VM."""
     return Judged(name, socket=socket)
+
+
+def _last_words(log: str) -> str:
+    """The log's last line without its time and places."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    said = re.sub(r"^\[[^\]]*\]\s*", "", lines[-1]).strip() if lines else ""
+    return f" ({said[:80]})" if said else ""
 
 
 def _version(program: str) -> str:

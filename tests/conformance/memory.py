@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.conformance.check import NotOffered, check, ensure
+from tests.conformance.check import NotOffered, check, checks, ensure
 from virtiofsd_rafs.native.frontend_link import MiB
-from virtiofsd_rafs.native.frontend_vmm import CROSVM
+from virtiofsd_rafs.native.frontend_vmm import CROSVM, VMMS
 from virtiofsd_rafs.native.vhost_user import Protocol, Request, single_region
 
 if TYPE_CHECKING:
     from tests.conformance.subject import Subject
+    from virtiofsd_rafs.native.frontend_vmm import Vmm
 
 _ADD = "vhost-user.rst, VHOST_USER_ADD_MEM_REG, VHOST_USER_REM_MEM_REG"
 _TABLE = "vhost-user.rst, Memory access, VHOST_USER_SET_MEM_TABLE"
@@ -145,3 +146,24 @@ def _replaced(subject: Subject) -> None:
             region = vm.plug(1 << 36, MiB)
             vm.collect([vm.read("big", 4096, 65536, region=region)])
             vm.unplug(region)
+
+
+@checks(
+    "memory.waiting-",
+    "Memory comes and goes while requests wait for data, in the order of {}",
+    {vmm.name: vmm for vmm in VMMS},
+    source=_ADD + ", VHOST_USER_SET_MEM_TABLE",
+    says="Buffers in regions that stay are good for as long as the request takes.",
+    fresh=True,
+)
+def _waiting(subject: Subject, case: Vmm) -> None:
+    with subject.vm(vmm=case) as vm, vm.stall() as release:
+        reads = vm.cold_reads(16)
+        ensure(vm.unanswered(reads), "the check itself is wrong: no request waits for data")
+        for i in range(3):
+            region = vm.plug((1 << 36) + (i << 24), 1 << 20)
+            vm.collect([vm.read("f00", region=region)])
+            if i < 2:
+                vm.unplug(region)
+        release()
+        vm.collect(reads)

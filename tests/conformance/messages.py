@@ -246,6 +246,60 @@ def _vring_fd_absent(subject: Subject) -> None:
 
 
 @check(
+    "msg.vring-kick-absent",
+    "Without a kick descriptor the device looks at the ring by itself",
+    source="vhost-user.rst, VHOST_USER_SET_VRING_KICK",
+    says="Bit 8 says that there is no descriptor: polling should be used instead of waiting for the kick.",
+)
+def _vring_kick_absent(subject: Subject) -> None:
+    with subject.vm() as vm:
+        node = vm.node("f00")
+        vm.fe.set_vring_kick(1, None)
+        vm.fe.get_features()
+        for _ in range(20):
+            reply = vm.fe.wait(vm.fe.request(3, node, bytes(16), 104))
+            ensure(reply.error == 0, f"GETATTR failed with errno {reply.error}")
+        vm.fe.set_vring_kick(1, vm.fe.kick_fd(1))
+        vm.fe.kick(1)
+        vm.serves()
+
+
+@check(
+    "msg.set-again",
+    "Features, size, addresses and the enabled state may be set again while rings run",
+    source="vhost-user.rst, Ring states, Migration; QEMU hw/virtio/vhost.c, vhost_dev_set_log",
+    says="The back-end must support changing some configuration on the fly; QEMU sends SET_FEATURES again.",
+)
+def _set_again(subject: Subject) -> None:
+    with subject.vm() as vm:
+        for _ in range(10):
+            reads = vm.reads(12)
+            vm.fe.set_features(vm.fe.features)
+            vm.fe.set_vring_addr(1)
+            vm.fe.set_vring_enable(1, True)
+            vm.collect(reads)
+        vm.serves()
+
+
+@check(
+    "msg.config",
+    "The configuration has a tag and at least one request queue",
+    source="vhost-user.rst, VHOST_USER_GET_CONFIG; virtio 1.3, 5.11.4",
+    says="tag is 36 bytes of UTF-8, not empty; num_request_queues is at least 1.",
+)
+def _config(subject: Subject) -> None:
+    with subject.vm(start=False, init=False) as vm:
+        _realize(vm, Protocol.CONFIG)
+        size = 40
+        reply = vm.fe.send_message(Request.GET_CONFIG, struct.pack("<III", 0, size, 0) + bytes(size))
+        ensure(reply is not None and len(reply.payload) == 12 + size, "the configuration has another size")
+        assert reply is not None
+        tag, queues = struct.unpack_from("<36sI", reply.payload, 12)
+        ensure(tag.rstrip(b"\0"), "the tag is empty")
+        ensure(queues >= 1, f"it has {queues} request queues")
+
+
+@check(
     "msg.rings-enabled-without-protocol-features",
     "Without VHOST_USER_F_PROTOCOL_FEATURES rings are enabled by SET_FEATURES",
     source="vhost-user.rst, Ring states",

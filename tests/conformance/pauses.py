@@ -225,6 +225,45 @@ def _call_swapped(subject: Subject) -> None:
 
 
 @check(
+    "pause.call-swapped-waiting",
+    "Requests that waited for data are signalled over the call descriptor that counts then",
+    source="vhost-user.rst, Ring states; QEMU hw/virtio/virtio-pci.c, virtio_pci_set_guest_notifiers",
+    says="While rings run the back-end must support changing some configuration on the fly.",
+    fresh=True,
+)
+def _call_swapped_waiting(subject: Subject) -> None:
+    with subject.vm() as vm, vm.stall() as release:
+        reads = vm.cold_reads(16)
+        ensure(vm.unanswered(reads), "the check itself is wrong: no request waits for data")
+        for _ in range(20):
+            vm.fe.swap_call(1)
+        release()
+        vm.collect(reads)
+
+
+@check(
+    "pause.disabled-waiting",
+    "A ring that is disabled while requests wait for data answers them once it is enabled again",
+    source="vhost-user.rst, Ring states; Cloud Hypervisor vhost_user_common, pause",
+    says="Disabled rings have no side effects; Cloud Hypervisor pauses a VM by this alone.",
+    fresh=True,
+)
+def _disabled_waiting(subject: Subject) -> None:
+    with subject.vm() as vm, vm.stall() as release:
+        reads = vm.cold_reads(16)
+        ensure(vm.unanswered(reads), "the check itself is wrong: no request waits for data")
+        vm.fe.set_vring_enable(1, False)
+        vm.fe.get_features()
+        vm.fe.freeze(1)
+        release()
+        time.sleep(0.3)
+        vm.fe.thaw(1)
+        vm.check_faults()
+        vm.fe.set_vring_enable(1, True)
+        vm.collect(reads)
+
+
+@check(
     "pause.kick-swapped",
     "The kick descriptor is swapped while the ring runs",
     source="vhost-user.rst, Ring states, VHOST_USER_SET_VRING_KICK",

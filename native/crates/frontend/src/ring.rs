@@ -148,6 +148,11 @@ impl Ring {
         }
         store_le(ring.avail.atomic_u16(2), base);
         store_le(ring.used.atomic_u16(2), base);
+        if options.event_idx {
+            // As if both sides had come here one by one: each wants to be told of the very next entry.
+            store_le(ring.avail.atomic_u16(4 + 2 * n), base);
+            store_le(ring.used.atomic_u16(4 + 8 * n), base);
+        }
         Ok(ring)
     }
 
