@@ -26,6 +26,7 @@ from tests.bench.kit.results import CaseResult, Record, from_json, to_json
 from tests.bench.kit.runs import Run, median, merged
 from tests.bench.material import Material
 from tests.bench.processes import Memory, Usage
+from tests.bench.stalls import Beside
 from tests.bench.start import EVENTS
 from virtiofsd_rafs.native.frontend import OpResult
 
@@ -230,7 +231,11 @@ def operations() -> dict[str, Any]:
 def documents() -> list[dict[str, Any]]:
     """One of each benchmark whose tables are made."""
     op = OpResult(1, 0, 0, 0, 0, 1, 10.0, 20.0, 30.0, 40.0, 50.0)
-    held = [attrs.asdict(Outcome("rafs", 1, name, op, op)) | {"ratio": 1.0} for name in ("read", "both")]
+    slow = attrs.evolve(op, p99_us=60.0)
+    beside = Beside(stop_ms=3.25, failed=2)
+    outcomes = [Outcome("rafs", "chunks", 1, name, op, slow, beside) for name in ("read", "both")]
+    outcomes.append(Outcome("rafs", "chunks", 2, "both", op, op, Beside(stop_ms=1.0)))
+    held = [attrs.asdict(each) | {"ratio": each.ratio} for each in outcomes]
     memory = {"side": "rafs", "cache": "cold", "read_bytes": 1, "alone_kib": 2048}
     memory["kib"] = [attrs.asdict(Memory(f"rafs-{n}", 1024, 512, 100)) for n in ("keeper", "worker")]
     boots = [Result(side, "image", "cold", 1, 5.0, 40, 1_000_000) for side in ("rafs", "nydusd")]
@@ -271,7 +276,8 @@ def test_every_part_has_its_place_in_the_document_and_makes_the_same_again() -> 
 
 def test_what_is_made_is_what_was_measured() -> None:
     made = {name: lines for each in documents() for name, lines in docs.render(each).items()}
-    assert made["held"][-1] == "| rafs | 1 | 10, 30, 40, 50 | 10, 30, 40, 50 | 1.00 |"
+    assert made["held"][-2] == "| rafs | chunks | 1 | 10, 30, 40, 50 | 10, 60, 40, 50 | 2.00 |"
+    assert made["held best"][-1] == "| chunks | rafs | 1.00 | 0.1 | 3.2 | 2 |"
     assert made["start"][-2] == "| socket bound | 50 | 50 | 50 | 5.6 (5.6 to 5.6) |"
     assert made["memory"][-1] == "| rafs | cold | 2.0 | 1.0 | 1.0 | 2.0 | keeper 1.0, worker 1.0 |"
     assert made["faults"][-1] == "| rafs | 3, 3 | 0, 0 | 1, 1 | 0 |"
