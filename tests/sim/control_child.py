@@ -60,6 +60,7 @@ class PlayedSession:
 
 
 def main() -> int:
+    control.PREPARE_AFTER_S = 3600.0  # a test that takes longer would see it happen
     setup = json.loads(sys.argv[1])
     paths = ("api_socket", "cache_dir", "blob_dir")
     config = ServeConfig(**{k: Path(v) if k in paths and v else v for k, v in setup["config"].items()})

@@ -223,6 +223,25 @@ print(os.nice(0))
     assert out.stdout == "3\n"
 
 
+def test_a_source_is_opened_at_once_only_when_nothing_is_cached(image: MadeImage, tmp_path: Path) -> None:
+    def opened(c: Control) -> bool:
+        c.mounted()
+        # The question comes behind what the start has set off.
+        return "virtiofsd_rafs.backends.localdir" in fetch_json(c.api_path)["modules"]
+
+    first = start(image, tmp_path)
+    assert opened(first)
+    first.post(2)
+    first.woken()
+    assert first.end()[0] == 0
+    second = start(image, tmp_path)
+    assert not opened(second)
+    second.post(3)
+    second.woken()
+    assert "virtiofsd_rafs.backends.localdir" in fetch_json(second.api_path)["modules"]
+    assert second.end()[0] == 0
+
+
 def test_control_ends_with_its_keeper(image: MadeImage, tmp_path: Path) -> None:
     c = start(image, tmp_path)
     c.mounted()
