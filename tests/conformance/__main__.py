@@ -53,6 +53,19 @@ def _back_ends(
     return found
 
 
+def _judge(judged: Judged, chosen: list[Check], tree: Tree, place: Path, timeout_s: float) -> Result:
+    """Runs the checks, and tells of each that is not plainly ok."""
+    place.mkdir()
+
+    def tell(check: Check, verdict: Verdict) -> None:
+        if verdict.word != OK:
+            where = f" ({verdict.where})" if verdict.where else ""
+            click.echo(f"{judged.name}: {check.id}: {verdict.word}: {verdict.how}{where}", err=True)
+
+    verdicts = run(chosen, judged, tree, place, timeout_s=timeout_s, limit_s=LIMIT_S, tell=tell)
+    return Result(judged.name, judged.version, verdicts)
+
+
 @click.command()
 @click.option("--ours", is_flag=True, help="Judge the daemon of this tree (the default without any other).")
 @click.option("--virtiofsd", "virtiofsds", multiple=True, metavar="PROGRAM", help="Judge this virtiofsd.")
@@ -78,6 +91,13 @@ def _back_ends(
 @click.option("--only", multiple=True, metavar="GLOB", help="Only checks whose id matches; may be repeated.")
 @click.option("--timeout", default=TIMEOUT_S, show_default=True, help="Seconds after which something hangs.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Put results into this file.")
+@click.option(
+    "--from",
+    "earlier",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Take these results of earlier runs, too; without a back-end nothing is run.",
+)
 @click.option("--write", type=click.Path(path_type=Path), help="Put the tables into this document.")
 @click.option("--list", "listing", is_flag=True, help="List the checks and what they rest on.")
 def main(
@@ -90,6 +110,7 @@ def main(
     only: tuple[str, ...],
     timeout: float,
     json_file: Path | None,
+    earlier: tuple[Path, ...],
     write: Path | None,
     listing: bool,
 ) -> None:
@@ -102,28 +123,23 @@ def main(
         for check in chosen:
             click.echo(f"{check.id}\n    {check.title}.\n    {check.source}: {check.says}")
         return
-    results = []
-    with tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp") as folder:
-        work = Path(folder)
-        root = tree_dir or work / "tree"
-        tree = load_tree(root) if root.exists() else make_tree(root)
-        image = work / "image"
-        build(tree, image)
-        for i, judged in enumerate(_back_ends(ours, commands, sockets, virtiofsds, nydusds, tree, image)):
-            place = work / f"b{i}"
-            place.mkdir()
-
-            def tell(check: Check, verdict: Verdict, name: str = judged.name) -> None:
-                if verdict.word != OK:
-                    line = f"{name}: {check.id}: {verdict.word}: {verdict.how}"
-                    click.echo(f"{line} ({verdict.where})" if verdict.where else line, err=True)
-
-            verdicts = run(chosen, judged, tree, place, timeout_s=timeout, limit_s=LIMIT_S, tell=tell)
-            results.append(Result(judged.name, judged.version, verdicts))
-    click.echo(terminal(results))
+    results: list[Result] = []
+    if not earlier or ours or virtiofsds or nydusds or commands or sockets:
+        with tempfile.TemporaryDirectory(prefix="vr-", dir="/tmp") as folder:
+            work = Path(folder)
+            root = tree_dir or work / "tree"
+            tree = load_tree(root) if root.exists() else make_tree(root)
+            build(tree, work / "image")
+            judged = _back_ends(ours, commands, sockets, virtiofsds, nydusds, tree, work / "image")
+            results = [_judge(one, chosen, tree, work / f"b{i}", timeout) for i, one in enumerate(judged)]
+    if results:
+        click.echo(terminal(results))
     failed = any(not verdict.passed for result in results for verdict in result.verdicts.values())
     if json_file is not None:
         results = merge(load(json_file) if json_file.exists() else [], results)
+    for path in earlier:
+        results = merge(results, load(path))
+    if json_file is not None:
         json_file.write_text(to_json(results))
     if write is not None:
         write_docs(write, results)

@@ -165,7 +165,7 @@ class Faulty(Subject):
 
     name = "simulated"
     # What such a back-end answers at all it answers at once.
-    timeout_s = 2.0
+    timeout_s = 1.0
 
     def __init__(self, tree: Tree, defect: str) -> None:
         self.tree = tree

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from tests.conformance.__main__ import main
 from tests.conformance.catalogue import all_checks
-from tests.conformance.report import BEGIN, END, Result, load, markdown, merge, write_docs
+from tests.conformance.report import BEGIN, END, Result, load, markdown, merge, to_json, write_docs
 from tests.conformance.verdict import DIES, DIFFERS, HANGS, OK, Verdict
 
 if TYPE_CHECKING:
@@ -131,6 +131,17 @@ def test_tables(tmp_path: Path) -> None:
     assert "former tables" not in text
     with pytest.raises(ValueError, match="has no lines"):
         write_docs(Path(__file__).with_name("conftest.py"), [good])
+
+
+def test_earlier_results_make_a_document(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(to_json([Result(name, "1", {"msg.unknown": Verdict(OK)})]))
+    document, both = tmp_path / "doc.md", tmp_path / "both"
+    document.write_text(f"{BEGIN}\n{END}\n")
+    options = ["--from", str(tmp_path / "a"), "--from", str(tmp_path / "b"), "--write", str(document)]
+    assert judge_by_command_line(*options, "--json", str(both)) == (0, "")
+    assert [result.title for result in load(both)] == ["a 1", "b 1"]
+    assert "| b 1 | 1 | 0 | 0 | 0 | 0 |" in document.read_text()
 
 
 def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
