@@ -139,7 +139,7 @@ fn proper(world: &mut World, input: &mut Input<'_>, queue: usize) {
     let guest = &world.bench.guest;
     let driver = &world.queues[queue].driver;
     if kind & 1 != 0 {
-        let table = TABLES + own * 16 / 10 % 0xf00 / 128 * 128;
+        let table = TABLES + 64 * (8 * queue as u64 + u64::from(head / 2));
         let parts = [
             descriptor(at, split, NEXT, 1),
             descriptor(at + u64::from(split), bytes.len() as u32 - split, NEXT, 2),
@@ -148,13 +148,6 @@ fn proper(world: &mut World, input: &mut Input<'_>, queue: usize) {
         ];
         world.memory.write(table, &parts.concat());
         driver.describe(guest, head, table, 64, INDIRECT, 0);
-        // The table may be another head's, too.
-        world.queues[queue].lawful &=
-            kind & 2 == 0 || world.queues.iter().all(|q| q.offered.is_empty());
-        let others = world.queues.iter().any(|q| !q.offered.is_empty());
-        if others {
-            world.queues.iter_mut().for_each(|q| q.lawful = false);
-        }
     } else {
         driver.describe(guest, head, at, bytes.len() as u32, NEXT, head + 1);
         driver.describe(guest, head + 1, room, len, WRITE, 0);
