@@ -67,7 +67,7 @@ def seeds() -> list[bytes]:
         "registry": {**registry},
         "oss": {
             "endpoint": "oss.example",
-            "bucket_name": "b",
+            "bucket_name": "bucket",
             "object_prefix": "p/",
             "access_key_id": "i",
             "access_key_secret": SECRET,
@@ -75,7 +75,7 @@ def seeds() -> list[bytes]:
         "s3": {
             "endpoint": "s3.example",
             "region": "r",
-            "bucket_name": "b",
+            "bucket_name": "bucket",
             "access_key_id": "i",
             "access_key_secret": SECRET,
         },
@@ -102,7 +102,7 @@ def seeds() -> list[bytes]:
     toml = "\n".join([*lines, f'auth = "{SECRET}"', ""])
     locations = [
         "s3://bucket/prefix?region=r&endpoint=http://h",
-        "oss://b/p?endpoint=https://e",
+        "oss://bucket/p?endpoint=https://e",
         "file:///d",
         "/d",
         "unix:///s?path=/x",
