@@ -1,4 +1,4 @@
-//! Invariant: state, extent and data files and nydusd's records that anybody left in a cache are used, replaced or refused: no panic, no signal, no chunk served that nobody verified.
+//! Invariant: state, extent and data files and nydusd's records that anybody left in a cache are used, replaced or refused: no panic, no signal, nothing served that was verified before the last boot.
 
 use std::cell::RefCell;
 use std::fs;
