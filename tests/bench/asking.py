@@ -1,7 +1,8 @@
 """Asks the APIs of daemons at a steady pace, beside a process that does nothing but answer.
 
 On a machine whose processors are all busy every process waits for its turn. What the daemons' answers take is
-to be held against what the idle answerer (*control*) and the asker itself (*lag*) take at the same moment.
+to be held against what two idle answerers and the asker itself (*lag*) take at the same moment: *control* runs
+as any process does, *control first* with the preference of a daemon's event loop.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import click
 
 from tests.bench.figures import percentile, print_table
+from virtiofsd_rafs.runtime.control import loop_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATHS = ("/api/v1/daemon", "/api/v1/status")
 Samples = dict[str, list[float]]
-"""Milliseconds by what was asked: a path, ``control`` or ``lag``."""
+"""Milliseconds by what was asked: a path, ``control``, ``control first`` or ``lag``."""
 
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 
@@ -60,17 +62,21 @@ async def _control(socket: Path) -> None:
     await server.serve_forever()
 
 
-def _run_control(socket: Path) -> None:
+def _run_control(socket: Path, first: bool) -> None:
+    if first:
+        loop_first()
     asyncio.run(_control(socket))
 
 
-def _run_asker(sockets: Sequence[Path], control: Path, pace: float, pipe: Connection) -> None:
+def _run_asker(sockets: Sequence[Path], controls: Mapping[str, Path], pace: float, pipe: Connection) -> None:
     with contextlib.suppress(OSError):
         os.nice(-10)  # what is measured are the daemons, not who asks them
-    asyncio.run(_keep_asking(sockets, control, pace, pipe))
+    asyncio.run(_keep_asking(sockets, controls, pace, pipe))
 
 
-async def _keep_asking(sockets: Sequence[Path], control: Path, pace: float, pipe: Connection) -> None:
+async def _keep_asking(
+    sockets: Sequence[Path], controls: Mapping[str, Path], pace: float, pipe: Connection
+) -> None:
     """Between two words from *pipe* all answers belong to one phase, which is sent back at its end."""
     samples: Samples = {}
     tasks: set[asyncio.Task[None]] = set()
@@ -90,31 +96,38 @@ async def _keep_asking(sockets: Sequence[Path], control: Path, pace: float, pipe
             continue
         samples.setdefault("lag", []).append(1000 * (time.monotonic() - due))
         socket, path = next(pairs)
-        for where, what, name in ((socket, path, path), (control, "/", "control")):
+        questions = [(socket, path, path), *((where, "/", name) for name, where in controls.items())]
+        for where, what, name in questions:
             task = asyncio.create_task(_ask(where, what, samples.setdefault(name, []), due))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
 
 class Asker:
-    """The two processes; a context manager that ends them."""
+    """The processes; a context manager that ends them."""
 
-    def __init__(self, context: SpawnContext, sockets: Sequence[Path], control: Path, pace: float) -> None:
+    def __init__(self, context: SpawnContext, sockets: Sequence[Path], folder: Path, pace: float) -> None:
         self._pipe, theirs = context.Pipe()
-        self._control = context.Process(target=_run_control, args=(control,), daemon=True)
-        self._control.start()
-        while not control.exists():
+        controls = {"control": folder / "control.sock", "control first": folder / "first.sock"}
+        self._processes = [
+            context.Process(target=_run_control, args=(socket, name != "control"), daemon=True)
+            for name, socket in controls.items()
+        ]
+        for process in self._processes:
+            process.start()
+        while not all(socket.exists() for socket in controls.values()):
             time.sleep(0.01)
-        arguments = (list(sockets), control, pace, theirs)
-        self._asker = context.Process(target=_run_asker, args=arguments, daemon=True)
-        self._asker.start()
+        arguments = (list(sockets), controls, pace, theirs)
+        asker = context.Process(target=_run_asker, args=arguments, daemon=True)
+        asker.start()
+        self._processes.append(asker)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._asker.kill()
-        self._control.kill()
+        for process in self._processes:
+            process.kill()
 
     def _phase(self) -> Samples:
         self._pipe.send("next")

@@ -145,7 +145,7 @@ def many(
     """Many daemons share one cache directory; their VMs read the whole image at the same time.
 
     Counts what the registry sent to each, and asks the daemons' APIs at a steady pace, idle and meanwhile,
-    beside a process that does nothing but answer.
+    beside processes that do nothing but answer.
     """
     tree = made_tree(work / "tree-of-many", n_small=600, n_large=1)
     material = prepare(work, tree)
@@ -167,7 +167,7 @@ def many(
         vms.start()
         stack.callback(vms.kill)
         await_word(ours)
-        with asking.Asker(context, [d.api_socket for d in daemons], tmp / "control.sock", pace) as asker:
+        with asking.Asker(context, [d.api_socket for d in daemons], tmp, pace) as asker:
             idle = asker.measure_for(idle_s)
             sim.log.clear()
             before = [processes.usage(d.process.pid) for d in daemons]
