@@ -14,6 +14,7 @@
 pub mod decode;
 mod disk;
 mod evict;
+mod fds;
 mod image;
 pub mod layout;
 mod mapping;
@@ -29,10 +30,11 @@ mod view;
 
 pub use disk::{BootId, Options, kernel_boot_id};
 pub use evict::{Goal, Sweep, reclaim, sweep};
+pub use fds::{SharedFds, TableFds};
 pub use image::Promise;
 pub use mapping::Mapping;
 pub use paths::paths;
 pub use spill::SpillStats;
-pub use store::{Blob, Outcome, StateCounts, Store, TableFds};
-pub use tables::{SharedFds, Tables};
+pub use store::{Blob, Outcome, StateCounts, Store};
+pub use tables::Tables;
 pub use view::{BlobView, Extent, Location, Source};

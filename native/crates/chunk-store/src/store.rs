@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use crate::decode::{Defect, digest_matches, with_decoded, with_scratch};
 use crate::disk::{BootId, Options};
 use crate::evict::{self, Goal, Sweep};
+use crate::fds::TableFds;
 use crate::layout::{ABSENT, MAX_HOLD_S, PRESENT, VERIFIED, state_of};
 use crate::protocol::{Stored, store_bytes};
 use crate::spec::BlobSpec;
@@ -67,15 +68,6 @@ pub struct Store {
     stored_bytes: AtomicU64,
     met_eviction: AtomicBool,
     stop_sweep: AtomicBool,
-}
-
-/// The descriptors of one blob's tables.
-#[derive(Debug, Clone, Copy)]
-pub struct TableFds<'a> {
-    pub state: BorrowedFd<'a>,
-    pub extents: BorrowedFd<'a>,
-    pub touched: BorrowedFd<'a>,
-    pub data: Option<BorrowedFd<'a>>,
 }
 
 /// Seconds since the epoch.

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::disk::{self, BootId, Found, Options, examine, has_sections, invalid, make_state};
+use crate::fds::{SharedFds, TableFds, map_table};
 use crate::layout::{
     ABSENT, EXTENT_HEADER, EXTENT_MAGIC, EXTENT_SIZE, EXTENT_VALID, FETCHING, MAX_HOLD_S,
     STATE_HEADER, STATE_MAGIC, TOUCHED_BEFORE, TOUCHED_NOW, VERIFIED, VERSION, extent_len,
@@ -15,9 +16,7 @@ use crate::layout::{
 use crate::mapping::Mapping;
 use crate::nydusd::Record;
 use crate::spec::{BlobSpec, CHUNK_VALID};
-use crate::store::TableFds;
 use crate::sys;
-use crate::view::map_table;
 
 /// Tables of one blob, mapped for writing.
 #[derive(Debug)]
@@ -55,15 +54,6 @@ fn make_touched(count: u32) -> io::Result<(File, Mapping)> {
     let file = sys::sealed_memfd(c"rafs-touched", touched_len(count) as u64)?;
     let map = Mapping::new(file.as_fd(), touched_len(count), true)?;
     Ok((file, map))
-}
-
-/// The descriptors of one blob's tables, shared with a worker. Only the touched table may be written by it.
-#[derive(Debug)]
-pub struct SharedFds {
-    pub state: OwnedFd,
-    pub extents: OwnedFd,
-    pub touched: OwnedFd,
-    pub data: Option<OwnedFd>,
 }
 
 impl Tables {

@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
+use crate::fds::{SharedFds, map_table};
 use crate::layout::{
     EXTENT_HEADER, EXTENT_MAGIC, EXTENT_SIZE, EXTENT_VALID, STATE_HEADER, STATE_MAGIC, TOUCHED_NOW,
-    VERIFIED, VERSION, extent_len, split_spill, state_header, state_len, state_of, touched_len,
+    VERIFIED, extent_len, split_spill, state_header, state_len, state_of, touched_len,
 };
 use crate::mapping::Mapping;
-use crate::tables::SharedFds;
 
 /// Which file holds the bytes of an [`Extent`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,39 +54,6 @@ pub struct BlobView {
     _state_fd: OwnedFd,
     _extent_fd: OwnedFd,
     _touched_fd: OwnedFd,
-}
-
-fn header_count(map: &Mapping, magic: u64, what: &str) -> io::Result<u32> {
-    let found = map.u64_at(0).map(|w| w.load(Ordering::Acquire));
-    let version = map.u32_at(8).map(|w| w.load(Ordering::Relaxed));
-    let count = map.u32_at(12).map(|w| w.load(Ordering::Relaxed));
-    match (found, version, count) {
-        (Some(m), Some(VERSION), Some(count)) if m == magic => Ok(count),
-        _ => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{what}: wrong magic or version"),
-        )),
-    }
-}
-
-/// Maps a whole table: the header says how long it must be, the file has to be that long.
-pub(crate) fn map_table(
-    fd: BorrowedFd<'_>,
-    magic: u64,
-    header_len: usize,
-    len_for: fn(u32) -> usize,
-    writable: bool,
-    what: &str,
-) -> io::Result<(Mapping, u32)> {
-    let count = header_count(&Mapping::new(fd, header_len, false)?, magic, what)?;
-    let map = Mapping::new(fd, len_for(count), writable)?;
-    if header_count(&map, magic, what)? != count {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{what}: changed while it was opened"),
-        ));
-    }
-    Ok((map, count))
 }
 
 impl BlobView {
@@ -225,6 +192,7 @@ impl BlobView {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::VERSION;
     use crate::layout::{ABSENT, PRESENT, TOUCHED_BEFORE, next_word, spill_word};
     use std::fs::File;
     use std::os::fd::FromRawFd;
