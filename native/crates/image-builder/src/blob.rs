@@ -12,7 +12,7 @@ use sha2::Digest as _;
 
 use crate::codec::Packer;
 use crate::error::BuildError;
-use crate::pipeline::{Bytes, Placed, Progress, Sink};
+use crate::job::{Bytes, Placed, Progress, Sink};
 use crate::spool::Spool;
 use crate::{Limits, Options};
 

@@ -14,12 +14,11 @@ use std::io::{self, BufWriter, Write as _};
 use crate::Options;
 use crate::blob::{Blob, CHUNK_RECORD};
 use crate::error::BuildError;
+use crate::layout::{BLOCK, DIRENT};
 use crate::scan::{Dir, InodeRecord, Tree};
 use crate::spool::Reader;
 use crate::xattr;
 
-pub const BLOCK: u64 = 4096;
-pub const DIRENT: usize = 12;
 const SLOT: u64 = 32;
 const COMPACT: u64 = 32;
 const EXTENDED: u64 = 64;

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::Options;
 use crate::error::BuildError;
-use crate::pipeline::{FilePath, Job, Piece, Progress, RANGE_BYTES, Shared, Work, lock};
+use crate::job::{FilePath, Job, Piece, Progress, RANGE_BYTES, Shared, Work, lock};
 use crate::source::{self, Stat};
 
 /// Small files are handed over together, up to so many and so many bytes.

@@ -11,6 +11,8 @@ mod codec;
 mod dedup;
 mod error;
 mod feeder;
+mod job;
+mod layout;
 mod pipeline;
 mod prefetch;
 mod scan;
@@ -31,7 +33,7 @@ use rafs_format::{Compressor, Digester};
 pub use blob::{Blob, BlobTail};
 pub use bootstrap::Plan;
 pub use error::BuildError;
-pub use pipeline::Progress;
+pub use job::Progress;
 pub use scan::Tree;
 
 /// What an image may have at most.

@@ -1,9 +1,13 @@
 use super::*;
 use crate::Limits;
 use crate::blob::{Blob, BlobWriter};
-use crate::source;
+use crate::job::{FilePath, Placed};
+use crate::source::{self, Stat};
 use crate::testing::Folder;
+use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 
 use rafs_format::{Compressor, Digester};
 

@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use crate::error::BuildError;
 use crate::feeder::{Feed, Feeder};
-use crate::pipeline::{FilePath, join};
-use crate::scan::list_dir;
-use crate::source::{self, Stat};
+use crate::job::{FilePath, join};
+use crate::source::{self, Stat, list_dir};
 use crate::worker::changed;
 
 /// What the system says of a path that leads to nothing in the tree; EINVAL of one that holds NUL.

@@ -11,12 +11,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::bootstrap::{BLOCK, DIRENT};
 use crate::error::BuildError;
 use crate::feeder::{Feed, Feeder};
-use crate::pipeline::{FilePath, Progress, join};
+use crate::job::{FilePath, Progress, join};
+use crate::layout::{BLOCK, DIRENT};
 use crate::prefetch::Listed;
-use crate::source::{self, Names, Stat, XattrReader};
+use crate::source::{self, Stat, XattrReader};
 use crate::spool::{Reader, Spool};
 use crate::worker::changed;
 use crate::xattr::Xattrs;
@@ -381,15 +381,4 @@ impl Entries {
         spool.push(&[name.len() as u8])?;
         spool.push(name)
     }
-}
-
-/// The names of a listing that are not `.` or `..`; for those who walk the tree on their own.
-pub fn list_dir(
-    top: BorrowedFd<'_>,
-    path: &[u8],
-) -> Result<(std::os::fd::OwnedFd, Names), BuildError> {
-    let failed = |e: io::Error| BuildError::system(path, &e);
-    let fd = source::open_dir(top, path).map_err(failed)?;
-    let names = source::list(fd.try_clone().map_err(failed)?).map_err(failed)?;
-    Ok((fd, names))
 }

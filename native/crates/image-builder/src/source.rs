@@ -8,6 +8,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 
+use crate::error::BuildError;
+
 /// Longer paths are opened in pieces (PATH_MAX is 4096, with the NUL).
 const PATH_PIECE: usize = 4000;
 const SYMLINK_MAX: usize = 4096;
@@ -339,6 +341,14 @@ impl XattrReader {
         }
         Ok(())
     }
+}
+
+/// The names of a listing that are not `.` or `..`; for those who walk the tree on their own.
+pub fn list_dir(top: BorrowedFd<'_>, path: &[u8]) -> Result<(OwnedFd, Names), BuildError> {
+    let failed = |e: io::Error| BuildError::system(path, &e);
+    let fd = open_dir(top, path).map_err(failed)?;
+    let names = list(fd.try_clone().map_err(failed)?).map_err(failed)?;
+    Ok((fd, names))
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use crate::Options;
 use crate::codec::{Packer, digest};
 use crate::error::BuildError;
-use crate::pipeline::{Chunk, Done, Piece, Progress, Shared, Stored, Work, lock};
+use crate::job::{Chunk, Done, Piece, Progress, Shared, Stored, Work, lock};
 use crate::source;
 
 /// Works on jobs until there are none, or the build has failed.
