@@ -1,8 +1,8 @@
 """Asks the APIs of daemons at a steady pace, beside a process that does nothing but answer.
 
 On a machine whose processors are all busy every process waits for its turn. What the daemons' answers take is
-to be held against what two idle answerers and the asker itself (*lag*) take at the same moment: *control* runs
-as any process does, *control first* with the preference of a daemon's event loop.
+to be held against what two idle answerers and the asker itself (*lag*) take at the same moment: *control*
+runs as any process does, *control first* with the preference of a daemon's event loop.
 """
 
 from __future__ import annotations
