@@ -175,7 +175,9 @@ impl RingThread {
             let now = self.set_busy();
             session::add(&thread.wakeups, 1);
             for event in &events[..n as usize] {
-                match event.u64 {
+                // Copied: the structure is packed, and rustc 1.85 borrows what it matches on.
+                let token = event.u64;
+                match token {
                     TOKEN_POOL => read = true,
                     TOKEN_WAKE => look = true,
                     TOKEN_CHANNEL if !self.commands()? => return Ok(()),
