@@ -20,21 +20,26 @@ pub const DIRENT_LEN: usize = 24;
 /// Seconds for which the kernel may keep an entry or its attributes of an immutable tree: about 136 years.
 pub const FOREVER_S: u64 = u32::MAX as u64;
 
+/// Fills a structure from its start. All is inlined, so that each position is a constant and nothing is checked.
 struct Cursor<'a> {
     out: &'a mut [u8],
     at: usize,
 }
 
 impl Cursor<'_> {
+    #[inline(always)]
     fn u16(&mut self, v: u16) {
         self.bytes(&v.to_le_bytes());
     }
+    #[inline(always)]
     fn u32(&mut self, v: u32) {
         self.bytes(&v.to_le_bytes());
     }
+    #[inline(always)]
     fn u64(&mut self, v: u64) {
         self.bytes(&v.to_le_bytes());
     }
+    #[inline(always)]
     fn bytes(&mut self, v: &[u8]) {
         self.out[self.at..self.at + v.len()].copy_from_slice(v);
         self.at += v.len();
@@ -42,6 +47,7 @@ impl Cursor<'_> {
 }
 
 /// `struct fuse_out_header`; `error` is a positive errno or 0, `len` counts the header.
+#[inline]
 pub fn out_header(len: u32, error: i32, unique: u64) -> [u8; OUT_HEADER_LEN] {
     let mut out = [0; OUT_HEADER_LEN];
     let mut c = Cursor {
@@ -69,6 +75,7 @@ pub struct Attr {
 }
 
 impl Attr {
+    #[inline(always)]
     fn put(&self, c: &mut Cursor<'_>) {
         c.u64(self.ino);
         c.u64(self.size);
@@ -91,6 +98,7 @@ impl Attr {
 }
 
 /// `struct fuse_attr_out`, valid for ever.
+#[inline]
 pub fn attr_out(attr: &Attr) -> [u8; ATTR_OUT_LEN] {
     let mut out = [0; ATTR_OUT_LEN];
     let mut c = Cursor {
@@ -104,6 +112,7 @@ pub fn attr_out(attr: &Attr) -> [u8; ATTR_OUT_LEN] {
 }
 
 /// `struct fuse_entry_out`, valid for ever. `nodeid` 0 is a negative entry that the kernel may keep.
+#[inline]
 pub fn entry_out(nodeid: u64, attr: &Attr) -> [u8; ENTRY_OUT_LEN] {
     let mut out = [0; ENTRY_OUT_LEN];
     let mut c = Cursor {
@@ -172,11 +181,13 @@ pub fn statfs_out(blocks: u64, files: u64) -> [u8; STATFS_OUT_LEN] {
 }
 
 /// Length in a reply of a `struct fuse_dirent` with a name of `name_len` bytes: padded to 8.
+#[inline]
 pub fn dirent_len(name_len: usize) -> usize {
     (DIRENT_LEN + name_len).next_multiple_of(8)
 }
 
 /// Appends a `struct fuse_dirent`; `next` is the offset at which a later READDIR goes on.
+#[inline]
 pub fn push_dirent(out: &mut Vec<u8>, ino: u64, next: u64, d_type: u8, name: &[u8]) {
     let end = out.len() + dirent_len(name.len());
     out.extend_from_slice(&ino.to_le_bytes());

@@ -13,16 +13,19 @@ pub struct InHeader {
     pub nodeid: u64,
 }
 
+#[inline]
 fn u32_at(buf: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(buf.get(at..at + 4)?.try_into().ok()?))
 }
 
+#[inline]
 fn u64_at(buf: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(buf.get(at..at + 8)?.try_into().ok()?))
 }
 
 impl InHeader {
     /// The header at the start of `buf`; `None` when it is shorter than 40 bytes.
+    #[inline]
     pub fn parse(buf: &[u8]) -> Option<InHeader> {
         if buf.len() < IN_HEADER_LEN {
             return None;
@@ -48,6 +51,7 @@ pub struct InitIn {
 
 impl InitIn {
     /// The arguments of INIT; `None` when even major and minor are missing.
+    #[inline]
     pub fn parse(args: &[u8]) -> Option<InitIn> {
         let low = u64::from(u32_at(args, 12).unwrap_or(0));
         let high = if low & crate::init_flags::INIT_EXT != 0 {
@@ -73,6 +77,7 @@ pub struct ReadIn {
 
 impl ReadIn {
     /// `None` when the arguments are too short.
+    #[inline]
     pub fn parse(args: &[u8]) -> Option<ReadIn> {
         Some(ReadIn {
             offset: u64_at(args, 8)?,
@@ -98,6 +103,7 @@ pub struct LseekIn {
 
 impl LseekIn {
     /// `None` when the arguments are too short.
+    #[inline]
     pub fn parse(args: &[u8]) -> Option<LseekIn> {
         Some(LseekIn {
             offset: u64_at(args, 8)?,
@@ -107,6 +113,7 @@ impl LseekIn {
 }
 
 /// The name at the start of `args`: the bytes before the first NUL. `None` when there is no NUL or no byte before it.
+#[inline]
 pub fn name(args: &[u8]) -> Option<&[u8]> {
     let end = args.iter().position(|&b| b == 0)?;
     if end == 0 { None } else { args.get(..end) }

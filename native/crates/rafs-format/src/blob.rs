@@ -301,12 +301,29 @@ fn id_length(id: &[u8; BLOB_ID_SIZE]) -> Option<u8> {
     (len > 0 && safe && padding.iter().all(|&b| b == 0)).then_some(len as u8)
 }
 
-/// Number of chunks of blob `index`, without reading the rest of its entry.
-#[inline]
-pub(crate) fn chunk_count(image: &[u8], sb: &SuperBlock, index: u32) -> Option<u32> {
-    if index >= sb.blob_count {
-        return None;
+/// Where the numbers of chunks of all blobs stand, without the rest of their entries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlobCounts {
+    table: u64,
+    blobs: u32,
+}
+
+impl BlobCounts {
+    #[inline]
+    pub(crate) fn of(sb: &SuperBlock) -> BlobCounts {
+        BlobCounts {
+            table: sb.blob_table_offset,
+            blobs: sb.blob_count,
+        }
     }
-    let at = sb.blob_table_offset + u64::from(index) * BLOB_ENTRY_SIZE + 72;
-    array::<4>(image, at).map(|b| u32::from_le_bytes(*b))
+
+    /// Number of chunks of blob `index`; None when there is no such blob.
+    #[inline]
+    pub(crate) fn chunk_count(&self, image: &[u8], index: u32) -> Option<u32> {
+        if index >= self.blobs {
+            return None;
+        }
+        let at = self.table + u64::from(index) * BLOB_ENTRY_SIZE + 72;
+        array::<4>(image, at).map(|b| u32::from_le_bytes(*b))
+    }
 }

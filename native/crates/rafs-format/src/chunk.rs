@@ -1,6 +1,6 @@
 //! Chunk indexes behind chunk-based files, and the chunk table at the end of the bootstrap.
 
-use crate::blob;
+use crate::blob::BlobCounts;
 use crate::error::{FormatError, Result};
 use crate::format::*;
 use crate::inode::{Inode, Layout};
@@ -39,40 +39,49 @@ pub struct ChunkRef {
 /// stride all the same.
 pub struct Chunks<'a> {
     image: &'a [u8],
-    sb: SuperBlock,
+    /// The stride of the indexes is 2 to this power.
+    stride_bits: u32,
+    blobs: BlobCounts,
     indexes: u64,
     position: u64,
     end: u64,
+    /// What the first step yields instead of a chunk.
+    failure: Option<FormatError>,
 }
 
 impl<'a> Chunks<'a> {
+    #[inline]
     pub(crate) fn new(
         image: &'a [u8],
         sb: &SuperBlock,
         inode: &Inode,
         offset: u64,
         len: u64,
-    ) -> Result<Self> {
-        if inode.layout != Layout::ChunkBased || !inode.is_file() {
-            return Err(FormatError::malformed(
+    ) -> Self {
+        let failure = if inode.layout == Layout::ChunkBased && inode.is_file() {
+            None
+        } else {
+            Some(FormatError::malformed(
                 "inode.i_format",
                 inode.offset,
                 "not a file in chunks",
-            ));
-        }
-        let end = offset.saturating_add(len).min(inode.size);
-        Ok(Chunks {
+            ))
+        };
+        Chunks {
             image,
-            sb: *sb,
+            stride_bits: sb.chunk_size.trailing_zeros(),
+            blobs: BlobCounts::of(sb),
             indexes: inode.chunk_index_offset(),
             position: offset,
-            end,
-        })
+            end: offset.saturating_add(len).min(inode.size),
+            failure,
+        }
     }
 
+    #[inline]
     fn advance(&mut self) -> Result<ChunkRef> {
-        let stride = u64::from(self.sb.chunk_size);
-        let at = self.indexes + self.position / stride * CHUNK_INDEX_SIZE;
+        let stride = 1u64 << self.stride_bits;
+        let at = self.indexes + (self.position >> self.stride_bits) * CHUNK_INDEX_SIZE;
         let raw: &[u8; CHUNK_INDEX_SIZE as usize] = need(self.image, at, "chunk_index")?;
         let Some(blob_index) = u32::from(raw[2]).checked_sub(1) else {
             return Err(FormatError::malformed(
@@ -82,7 +91,7 @@ impl<'a> Chunks<'a> {
             ));
         };
         let chunk_index = u32::from(le16(raw, 0)) | u32::from(raw[3]) << 16;
-        match blob::chunk_count(self.image, &self.sb, blob_index) {
+        match self.blobs.chunk_count(self.image, blob_index) {
             None => {
                 return Err(FormatError::malformed(
                     "chunk_index.device_id",
@@ -99,7 +108,7 @@ impl<'a> Chunks<'a> {
             }
             Some(_) => {}
         }
-        let chunk_offset = self.position % stride;
+        let chunk_offset = self.position & (stride - 1);
         let len = (stride - chunk_offset).min(self.end - self.position);
         self.position += len;
         Ok(ChunkRef {
@@ -117,6 +126,10 @@ impl Iterator for Chunks<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<Self::Item> {
+        if let Some(failure) = self.failure.take() {
+            self.position = self.end;
+            return Some(Err(failure));
+        }
         if self.position >= self.end {
             return None;
         }

@@ -57,36 +57,56 @@ impl<'a> Block<'a> {
         })
     }
 
+    /// Entry `index` without its name; below `count`.
+    #[inline(always)]
+    fn raw(&self, index: usize) -> Result<&'a [u8; DIRENT_SIZE]> {
+        let rest = self.data.get(index * DIRENT_SIZE..);
+        match rest.and_then(|rest| rest.first_chunk()) {
+            Some(raw) => Ok(raw),
+            None => Err(self.bad("dirent", index, "reaches beyond the block")),
+        }
+    }
+
+    /// The bytes between the start of name `index` and that of the next one: a name, if [`Block::entry`] finds no fault
+    /// with it.
+    #[inline(always)]
+    fn name_bytes(&self, index: usize) -> Result<&'a [u8]> {
+        let start = usize::from(le16(self.raw(index)?, 8));
+        let end = if index + 1 < self.count {
+            usize::from(le16(self.raw(index + 1)?, 8))
+        } else {
+            self.last_end(start)
+        };
+        match self.data.get(start..end) {
+            Some(name) if start >= self.count * DIRENT_SIZE => Ok(name),
+            _ => Err(self.bad(
+                "dirent.nameoff",
+                index,
+                "a name among the entries or beyond the block",
+            )),
+        }
+    }
+
+    /// The last name ends with the block, or at a NUL before.
+    #[cold]
+    fn last_end(&self, start: usize) -> usize {
+        let rest = self.data.get(start..).unwrap_or_default();
+        rest.iter()
+            .position(|&b| b == 0)
+            .map_or(self.data.len(), |n| start + n)
+    }
+
     /// Name, node id and `DT_*` of entry `index`.
     #[inline]
     fn entry(&self, index: usize) -> Result<(&'a [u8], Nid, u8)> {
-        let at = index * DIRENT_SIZE;
-        let raw: &[u8; DIRENT_SIZE] = need(self.data, at as u64, "dirent")?;
-        let start = usize::from(le16(raw, 8));
-        let name = if index + 1 < self.count {
-            let next: &[u8; DIRENT_SIZE] = need(self.data, (at + DIRENT_SIZE) as u64, "dirent")?;
-            self.data.get(start..usize::from(le16(next, 8)))
-        } else {
-            // The last name ends with the block, or at a NUL before.
-            self.data
-                .get(start..)
-                .map(|rest| match rest.iter().position(|&b| b == 0) {
-                    Some(end) => rest.split_at(end).0,
-                    None => rest,
-                })
-        };
-        let Some(name) = name else {
-            return Err(self.bad("dirent.nameoff", index, "a name reaches beyond the block"));
-        };
-        if start < self.count * DIRENT_SIZE {
-            return Err(self.bad("dirent.nameoff", index, "a name among the entries"));
-        }
+        let name = self.name_bytes(index)?;
         if name.is_empty() || name.len() > NAME_MAX {
             return Err(self.bad("dirent.name", index, "not of 1 to 255 bytes"));
         }
-        if name.iter().any(|&b| b == 0 || b == b'/') {
+        if has_forbidden(name) {
             return Err(self.bad("dirent.name", index, "a NUL or '/' inside"));
         }
+        let raw = self.raw(index)?;
         let Some(&d_type) = DT.get(usize::from(raw[10])) else {
             return Err(self.bad("dirent.file_type", index, "unknown"));
         };
@@ -97,6 +117,25 @@ impl<'a> Block<'a> {
     fn bad(&self, what: &'static str, index: usize, message: &'static str) -> FormatError {
         FormatError::malformed(what, self.offset + (index * DIRENT_SIZE) as u64, message)
     }
+}
+
+/// Whether a NUL or '/' is among `name`'s bytes. Eight at a time: an answer to READDIRPLUS has dozens of names.
+#[inline]
+fn has_forbidden(name: &[u8]) -> bool {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    const SLASHES: u64 = u64::from_ne_bytes([b'/'; 8]);
+    // The highest bit of each byte that is 0, and perhaps of bytes above one that is.
+    let zeros = |word: u64| word.wrapping_sub(ONES) & !word & (ONES << 7);
+    let find = |word: u64| zeros(word) | zeros(word ^ SLASHES);
+    let mut words = name.chunks_exact(8);
+    let mut found = 0;
+    for word in words.by_ref() {
+        found |= word
+            .first_chunk()
+            .map_or(0, |w| find(u64::from_ne_bytes(*w)));
+    }
+    let rest = words.remainder();
+    found != 0 || rest.iter().any(|&b| b == 0 || b == b'/')
 }
 
 #[inline]
@@ -126,7 +165,7 @@ pub(crate) fn lookup(image: &[u8], dir: &Inode, name: &[u8]) -> Result<Option<(N
     while high - low > 1 {
         let middle = low + (high - low) / 2;
         let candidate = Block::read(image, dir, middle)?;
-        if candidate.entry(0)?.0 <= name {
+        if candidate.name_bytes(0)? <= name {
             low = middle;
             block = Some(candidate);
         } else {
@@ -140,9 +179,12 @@ pub(crate) fn lookup(image: &[u8], dir: &Inode, name: &[u8]) -> Result<Option<(N
     let (mut low, mut high) = (0, block.count);
     while low < high {
         let middle = low + (high - low) / 2;
-        let (found, nid, d_type) = block.entry(middle)?;
-        match found.cmp(name) {
-            std::cmp::Ordering::Equal => return Ok(Some((nid, d_type))),
+        // Names that only show the way are compared as bytes; the one that is found is checked.
+        match block.name_bytes(middle)?.cmp(name) {
+            std::cmp::Ordering::Equal => {
+                let (_, nid, d_type) = block.entry(middle)?;
+                return Ok(Some((nid, d_type)));
+            }
             std::cmp::Ordering::Less => low = middle + 1,
             std::cmp::Ordering::Greater => high = middle,
         }
@@ -243,3 +285,25 @@ impl<'a> Iterator for Entries<'a> {
 }
 
 impl std::iter::FusedIterator for Entries<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forbidden_bytes_are_found_at_every_place() {
+        for len in 0..40 {
+            for fill in [1u8, b'.', b'0', 0x7f, 0x80, 0xaf, 0xff] {
+                let mut name = vec![fill; len];
+                assert!(!has_forbidden(&name), "{fill} {len}");
+                for at in 0..len {
+                    for bad in [0, b'/'] {
+                        name[at] = bad;
+                        assert!(has_forbidden(&name), "{bad} at {at} of {len}");
+                    }
+                    name[at] = fill;
+                }
+            }
+        }
+    }
+}

@@ -173,7 +173,10 @@ impl Inode {
         }
         let inside = match self.layout {
             Layout::ChunkBased => {
-                let count = self.size.div_ceil(u64::from(sb.chunk_size));
+                // A power of two: a shift instead of a division.
+                let bits = sb.chunk_size.trailing_zeros();
+                let count = (self.size >> bits)
+                    + u64::from(self.size & (u64::from(sb.chunk_size) - 1) != 0);
                 count <= image_size
                     && self.chunk_index_offset() + count * CHUNK_INDEX_SIZE <= image_size
             }

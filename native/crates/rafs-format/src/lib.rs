@@ -25,7 +25,7 @@ mod xattr;
 pub use algorithm::{Compressor, Digester};
 pub use blob::{BlobEntry, feature};
 pub use check::{Usage, check_references};
-pub use chunk::{ChunkRef, chunk_flag};
+pub use chunk::{ChunkRef, Chunks, chunk_flag};
 pub use chunk_entry::ChunkInfo;
 pub use chunk_map::{ChunkMap, ChunkTable};
 pub use dirent::{Dirent, Entries};

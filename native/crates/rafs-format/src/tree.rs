@@ -4,7 +4,7 @@
 //! used. `inode`, `lookup`, `entries`, `readlink`, `xattr_get` and `chunks` allocate nothing, unless they fail.
 
 use crate::blob::BlobEntry;
-use crate::chunk::{ChunkRef, Chunks};
+use crate::chunk::Chunks;
 use crate::dirent::{self, Entries};
 use crate::error::{FormatError, Result};
 use crate::format::*;
@@ -125,17 +125,8 @@ impl<'a> Tree<'a> {
     /// Parts of chunks that hold `len` bytes of a chunk-based file from `offset` on, clipped to its size. An inode
     /// that has no chunks yields one error.
     #[inline]
-    pub fn chunks(
-        &self,
-        inode: &Inode,
-        offset: u64,
-        len: u64,
-    ) -> impl Iterator<Item = Result<ChunkRef>> + use<'a> {
-        let (chunks, error) = match Chunks::new(self.image, &self.sb, inode, offset, len) {
-            Ok(chunks) => (Some(chunks), None),
-            Err(error) => (None, Some(Err(error))),
-        };
-        error.into_iter().chain(chunks.into_iter().flatten())
+    pub fn chunks(&self, inode: &Inode, offset: u64, len: u64) -> Chunks<'a> {
+        Chunks::new(self.image, &self.sb, inode, offset, len)
     }
 
     /// Bytes of a regular file that lies in the bootstrap, from `offset` on. At most `len`, clipped to its size, and
