@@ -6,6 +6,7 @@
 
 mod away;
 mod chain;
+mod error;
 mod memory;
 mod ring;
 #[cfg(any(test, feature = "testing"))]
@@ -14,6 +15,7 @@ pub mod testing;
 mod tests;
 
 pub use away::Away;
-pub use chain::{Chain, ChainError, Segment};
+pub use chain::{Chain, Segment};
+pub use error::{ChainError, RingError};
 pub use memory::{GuestMemory, RegionSpec};
-pub use ring::{RingAddresses, RingError, Vring};
+pub use ring::{RingAddresses, Vring};

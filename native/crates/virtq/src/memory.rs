@@ -1,10 +1,11 @@
 //! The guest's memory as the VMM shared it: regions, mapped from the fds of ADD_MEM_REG / SET_MEM_TABLE.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::Away;
-use crate::chain::ChainError;
+use crate::error::ChainError;
 
 /// One region as vhost-user describes it. Addresses and sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,11 +55,50 @@ impl Drop for Region {
     }
 }
 
+/// What an address needs to be translated: a region without what only its owner needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Window {
+    guest_addr: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+impl Window {
+    const NONE: Window = Window {
+        guest_addr: 0,
+        size: 0,
+        host: std::ptr::null_mut(),
+    };
+
+    /// As [`GuestMemory::translate`], in this region alone.
+    #[inline(always)]
+    pub(crate) fn translate(&self, addr: u64, len: u64) -> Option<(*mut u8, u64)> {
+        let into = addr.wrapping_sub(self.guest_addr);
+        if into >= self.size {
+            return None;
+        }
+        // SAFETY: `into` is inside the region.
+        let host = unsafe { self.host.add(into as usize) };
+        Some((host, len.min(self.size - into)))
+    }
+}
+
 /// All regions that are shared at the moment, sorted by guest address.
-#[derive(Default)]
 pub struct GuestMemory {
     regions: Vec<Region>,
     away: Away,
+    /// The region that was used last: a request lies in one, and so does the next one mostly.
+    last: Cell<Window>,
+}
+
+impl Default for GuestMemory {
+    fn default() -> Self {
+        GuestMemory {
+            regions: Vec::new(),
+            away: Away::default(),
+            last: Cell::new(Window::NONE),
+        }
+    }
 }
 
 // SAFETY: the mappings are plain memory; a `GuestMemory` is owned and used by one thread at a time.
@@ -139,6 +179,7 @@ impl GuestMemory {
             r.spec.guest_addr == guest_addr && r.spec.size == size && r.spec.user_addr == user_addr
         });
         if let Some(at) = found {
+            self.last.set(Window::NONE);
             let spec = self.regions.remove(at).spec;
             self.away.take(spec.guest_addr, spec.guest_end());
         }
@@ -171,15 +212,29 @@ impl GuestMemory {
     /// Host address and length of the longest run from guest address `addr` that lies in one region, at most `len`.
     #[inline]
     pub fn translate(&self, addr: u64, len: u64) -> Option<(*mut u8, u64)> {
+        if let Some(found) = self.last.get().translate(addr, len) {
+            return Some(found);
+        }
+        let window = self.find(addr)?;
+        self.last.set(window);
+        window.translate(addr, len)
+    }
+
+    /// The region that was used last.
+    #[inline]
+    pub(crate) fn last(&self) -> Window {
+        self.last.get()
+    }
+
+    #[cold]
+    fn find(&self, addr: u64) -> Option<Window> {
         let at = self.regions.partition_point(|r| r.spec.guest_addr <= addr);
         let region = self.regions.get(at.checked_sub(1)?)?;
-        let into = addr - region.spec.guest_addr;
-        if into >= region.spec.size {
-            return None;
-        }
-        // SAFETY: `into` is inside the region.
-        let host = unsafe { region.host.add(into as usize) };
-        Some((host, len.min(region.spec.size - into)))
+        (addr - region.spec.guest_addr < region.spec.size).then_some(Window {
+            guest_addr: region.spec.guest_addr,
+            size: region.spec.size,
+            host: region.host,
+        })
     }
 
     /// Host address of `len` bytes at the VMM's address `addr`, which must lie in one region.

@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use crate::chain::{Chain, ChainError, MAX_SEGMENTS};
+use crate::chain::{Builder, Chain, MAX_SEGMENTS};
+use crate::error::{ChainError, RingError};
 use crate::memory::GuestMemory;
 
 const DESC_F_NEXT: u16 = 1;
@@ -17,17 +18,6 @@ pub struct RingAddresses {
     pub desc: u64,
     pub avail: u64,
     pub used: u64,
-}
-
-/// Why a ring cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingError {
-    /// The size is zero, no power of two, or larger than supported.
-    BadSize,
-    /// A part of the ring is not in shared memory, or is misaligned.
-    BadAddress,
-    /// The avail index runs ahead of what the ring can hold, or names a head that does not exist.
-    BadAvail,
 }
 
 /// A mapped ring with the device's own positions.
@@ -133,6 +123,7 @@ impl Vring {
     }
 
     /// Takes the next head, `None` when the driver has offered nothing more.
+    #[inline]
     pub fn take(&mut self) -> Result<Option<u16>, RingError> {
         if self.next_avail == self.seen_avail {
             let avail = u16::from_le(self.avail_word(2).load(Ordering::Acquire));
@@ -154,9 +145,10 @@ impl Vring {
         Ok(Some(head))
     }
 
-    /// Translates the chain at `head` into `chain`.
+    /// Translates the chain at `head` into `chain`, which holds nothing useful after an error.
+    #[inline]
     pub fn walk(&self, mem: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
-        chain.clear();
+        let mut builder = Builder::new(chain, mem);
         let mut index = head;
         for _ in 0..self.size {
             if index >= self.size {
@@ -169,74 +161,28 @@ impl Vring {
                     .cast::<Descriptor>()
                     .read_volatile()
             };
-            if d.flags & DESC_F_INDIRECT != 0 {
-                if d.flags & DESC_F_NEXT != 0 {
-                    return Err(ChainError::BadIndirect);
-                }
-                return self.walk_indirect(mem, u64::from_le(d.addr), u32::from_le(d.len), chain);
-            }
-            chain.push(
-                mem,
+            let (addr, len, flags) = (
                 u64::from_le(d.addr),
                 u32::from_le(d.len),
-                d.flags & DESC_F_WRITE != 0,
-            )?;
-            if d.flags & DESC_F_NEXT == 0 {
-                return Ok(());
+                u16::from_le(d.flags),
+            );
+            if flags & DESC_F_INDIRECT != 0 {
+                if flags & DESC_F_NEXT != 0 {
+                    return Err(ChainError::BadIndirect);
+                }
+                return walk_indirect(mem, addr, len, builder);
+            }
+            builder.push(addr, len, flags & DESC_F_WRITE != 0)?;
+            if flags & DESC_F_NEXT == 0 {
+                return builder.finish();
             }
             index = u16::from_le(d.next);
         }
         Err(ChainError::BadIndex)
     }
 
-    fn walk_indirect(
-        &self,
-        mem: &GuestMemory,
-        table: u64,
-        len: u32,
-        chain: &mut Chain,
-    ) -> Result<(), ChainError> {
-        let entries = len / 16;
-        if entries == 0 || len % 16 != 0 || entries > 65536 {
-            return Err(ChainError::BadIndirect);
-        }
-        let mut index = 0u32;
-        // Empty descriptors make no segment: the steps are bounded too, or one head could cost a millisecond.
-        for _ in 0..entries.min(MAX_SEGMENTS as u32) {
-            if index >= entries {
-                return Err(ChainError::BadIndex);
-            }
-            let addr = table
-                .checked_add(16 * u64::from(index))
-                .ok_or(ChainError::BadAddress)?;
-            let (host, run) = mem.translate(addr, 16).ok_or_else(|| mem.missing(addr))?;
-            if run < 16 {
-                return Err(mem.missing(addr + run));
-            }
-            // SAFETY: 16 bytes are mapped at `host`; guest addresses need not be aligned.
-            let d = unsafe { host.cast::<Descriptor>().read_unaligned() };
-            if d.flags & DESC_F_INDIRECT != 0 {
-                return Err(ChainError::BadIndirect);
-            }
-            chain.push(
-                mem,
-                u64::from_le(d.addr),
-                u32::from_le(d.len),
-                d.flags & DESC_F_WRITE != 0,
-            )?;
-            if d.flags & DESC_F_NEXT == 0 {
-                return Ok(());
-            }
-            index = u32::from(u16::from_le(d.next));
-        }
-        Err(if entries as usize > MAX_SEGMENTS {
-            ChainError::TooLong
-        } else {
-            ChainError::BadIndex
-        })
-    }
-
     /// Writes one used entry; the driver sees it only after [`Vring::publish`].
+    #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) {
         let slot = usize::from(self.next_used & (self.size - 1));
         // SAFETY: slot < size; the used ring of 6 + 8 * size bytes is mapped and 4-byte aligned.
@@ -275,9 +221,21 @@ impl Vring {
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
+    /// Answers that the driver has been shown since the last decision about a signal.
+    #[inline]
+    pub fn unsignalled(&self) -> u16 {
+        self.published_used.wrapping_sub(self.signalled_used)
+    }
+
+    /// How many heads the driver has offered that were not taken yet; any number when its index makes no sense.
+    #[inline]
+    pub fn waiting(&self) -> u16 {
+        u16::from_le(self.avail_word(2).load(Ordering::Acquire)).wrapping_sub(self.next_avail)
+    }
+
     /// Whether the driver has offered more heads.
     pub fn has_more(&self) -> bool {
-        u16::from_le(self.avail_word(2).load(Ordering::Acquire)) != self.next_avail
+        self.waiting() != 0
     }
 
     /// Asks the driver for a kick at its next buffer; true when one is there already (look again, do not sleep).
@@ -299,4 +257,67 @@ impl Vring {
                 .store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
         }
     }
+}
+
+#[inline]
+fn walk_indirect(
+    mem: &GuestMemory,
+    table: u64,
+    len: u32,
+    mut builder: Builder<'_>,
+) -> Result<(), ChainError> {
+    let entries = len / 16;
+    if entries == 0 || len % 16 != 0 || entries > 65536 {
+        return Err(ChainError::BadIndirect);
+    }
+    // One look at the region for the whole table; one that reaches into another is translated piece by piece.
+    let whole = mem
+        .translate(table, u64::from(len))
+        .filter(|&(_, run)| run == u64::from(len))
+        .map(|(host, _)| host);
+    let mut index = 0u32;
+    // Empty descriptors make no segment: the steps are bounded too, or one head could cost a millisecond.
+    for _ in 0..entries.min(MAX_SEGMENTS as u32) {
+        if index >= entries {
+            return Err(ChainError::BadIndex);
+        }
+        let host = match whole {
+            // SAFETY: index < entries, and all of the table is mapped.
+            Some(host) => unsafe { host.add(16 * index as usize) },
+            None => translate_entry(mem, table, index)?,
+        };
+        // SAFETY: 16 bytes are mapped at `host`; guest addresses need not be aligned.
+        let d = unsafe { host.cast::<Descriptor>().read_unaligned() };
+        let flags = u16::from_le(d.flags);
+        if flags & DESC_F_INDIRECT != 0 {
+            return Err(ChainError::BadIndirect);
+        }
+        builder.push(
+            u64::from_le(d.addr),
+            u32::from_le(d.len),
+            flags & DESC_F_WRITE != 0,
+        )?;
+        if flags & DESC_F_NEXT == 0 {
+            return builder.finish();
+        }
+        index = u32::from(u16::from_le(d.next));
+    }
+    Err(if entries as usize > MAX_SEGMENTS {
+        ChainError::TooLong
+    } else {
+        ChainError::BadIndex
+    })
+}
+
+/// Host address of entry `index` of an indirect table that does not lie in one region.
+#[cold]
+fn translate_entry(mem: &GuestMemory, table: u64, index: u32) -> Result<*mut u8, ChainError> {
+    let addr = table
+        .checked_add(16 * u64::from(index))
+        .ok_or(ChainError::BadAddress)?;
+    let (host, run) = mem.translate(addr, 16).ok_or_else(|| mem.missing(addr))?;
+    if run < 16 {
+        return Err(mem.missing(addr + run));
+    }
+    Ok(host)
 }
