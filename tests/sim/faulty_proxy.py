@@ -17,17 +17,14 @@ import re
 import secrets
 import socket
 import struct
-import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from tests.sim.faults import Fault
 from tests.sim.replies import Link, Record, corrupt
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
+from tests.sim.server_thread import ServerThread
 
 _PIECE = 16 << 10
 _HEAD_MAX = 64 << 10
@@ -84,7 +81,7 @@ async def _read_head(reader: asyncio.StreamReader) -> _Head:
     return _Head(lines[0].split(" ", 2), {name.strip().lower(): value.strip() for name, _, value in pairs})
 
 
-class FaultyProxy:
+class FaultyProxy(ServerThread):
     """See the module's docstring.
 
     Args:
@@ -93,39 +90,21 @@ class FaultyProxy:
     """
 
     def __init__(self, target_port: int, *, auth: bool = False) -> None:
+        super().__init__()
         self._target_port = target_port
         self.auth = auth
         self.link = Link()
         self.log: list[Record] = []
         self.faults: list[Fault] = []
-        self.port = 0
         self.storage_port = 0
         self.tokens: set[str] = set()
         self._signed: dict[str, int | None] = {}  # signature -> uses left
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
         self._server: asyncio.Server | None = None
         self._storage: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # life
-
-    def __enter__(self) -> FaultyProxy:
-        self._thread.start()
-        self._run(self._start())
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _release(self) -> None:
         self.clear_faults()
-        self._run(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    @property
-    def host(self) -> str:
-        """``127.0.0.1:port``, the host part of references."""
-        return f"127.0.0.1:{self.port}"
 
     # what tests do: see RegistrySimulator
 
@@ -143,14 +122,6 @@ class FaultyProxy:
             fault.release()
         self.faults.clear()
 
-    def refuse(self) -> None:
-        """Closes all connections and refuses new ones until ``accept``."""
-        self._run(self._refuse())
-
-    def accept(self) -> None:
-        """Listens again, on the same port."""
-        self._run(self._listen())
-
     def revoke_tokens(self) -> None:
         """Ends all bearer tokens now."""
         self.tokens.clear()
@@ -160,9 +131,6 @@ class FaultyProxy:
         return [r for r in list(self.log) if where in (None, r.where) and method in (None, r.method)]
 
     # the server
-
-    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
         self._storage = await asyncio.start_server(self._client, "127.0.0.1", 0, limit=_HEAD_MAX)

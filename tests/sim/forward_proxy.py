@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import threading
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.sim.server_thread import ServerThread
 
 
 @dataclass
@@ -26,7 +27,7 @@ class ProxyRequest:
     fields: dict[str, str]
 
 
-class ForwardProxy:
+class ForwardProxy(ServerThread):
     """See the module's docstring.
 
     Args:
@@ -35,55 +36,26 @@ class ForwardProxy:
     """
 
     def __init__(self, *, auth: str | None = None, ssl: Any = None) -> None:
+        super().__init__()
         self.auth = auth
         self.log: list[ProxyRequest] = []
         self.status: int | None = None
         """Answered instead of forwarding."""
         self.silent = False
         """Takes connections and says nothing."""
-        self.port = 0
         self._ssl = ssl
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="forward-proxy", daemon=True)
-
-    def __enter__(self) -> ForwardProxy:
-        self._thread.start()
-        self.accept()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.refuse()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    @property
-    def host(self) -> str:
-        """``127.0.0.1:port``."""
-        return f"127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
         return f"http://{self.host}"
 
-    def refuse(self) -> None:
-        """Ends all connections and refuses new ones."""
-        self._run(self._stop())
-
-    def accept(self) -> None:
-        """Listens (again), on the same port."""
-        self._run(self._listen())
-
-    def _run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
-
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._ssl)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _stop(self) -> None:
+    async def _refuse(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None

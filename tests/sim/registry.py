@@ -22,7 +22,6 @@ import secrets
 import signal
 import ssl
 import sys
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -33,12 +32,13 @@ from aiohttp import web
 from tests.sim.faults import Fault
 from tests.sim.gate import Auth, Gate
 from tests.sim.replies import Link, Record, send_part, send_redirect
+from tests.sim.server_thread import ServerThread
 from tests.sim.store import Store, sha256
 
 _BYTES = {"Content-Type": "application/octet-stream"}
 
 
-class RegistrySimulator:
+class RegistrySimulator(ServerThread):
     """See the module's docstring.
 
     Args:
@@ -57,40 +57,22 @@ class RegistrySimulator:
         tls: tuple[Path, Path] | None = None,
         port: int = 0,
     ) -> None:
+        super().__init__(port)
         self.store = Store()
         self.gate = Gate(auth)
         self.link = Link(latency_s, bandwidth)
         self.log: list[Record] = []
         self.faults: list[Fault] = []
-        self.port = port
         self.storage_port = 0
         self._tls = tls
         self._signed: dict[str, list[float | None]] = {}  # signature -> [uses left, end]
         self._uploads: dict[str, bytearray] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="registry-sim", daemon=True)
         self._runners: list[web.AppRunner] = []
         self._site: web.TCPSite | None = None
 
-    # life
-
-    def __enter__(self) -> RegistrySimulator:
-        self._thread.start()
-        self._run(self._start())
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _release(self) -> None:
         for fault in self.faults:
             fault.release()
-        self._run(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    @property
-    def host(self) -> str:
-        """``127.0.0.1:port``, the host part of references."""
-        return f"127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
@@ -126,14 +108,6 @@ class RegistrySimulator:
             fault.release()
         self.faults.clear()
 
-    def refuse(self) -> None:
-        """Closes all connections and refuses new ones until ``accept``."""
-        self._run(self._refuse())
-
-    def accept(self) -> None:
-        """Listens again, on the same port."""
-        self._run(self._listen())
-
     def revoke_tokens(self) -> None:
         """Ends all bearer tokens now."""
         self.gate.tokens.clear()
@@ -147,9 +121,6 @@ class RegistrySimulator:
         return [r.span for r in self.requests("blob", "GET") if r.digest == digest]
 
     # the server
-
-    def _run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
         registry = web.Application(client_max_size=1 << 40)

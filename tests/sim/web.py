@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
+
+from tests.sim.server_thread import ServerThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ class Hold:
         self.loop.call_soon_threadsafe(self.event.set)
 
 
-class WebSim:
+class WebSim(ServerThread):
     """A server that a subclass gives answers to.
 
     Args:
@@ -53,14 +54,12 @@ class WebSim:
     """
 
     def __init__(self, unix_socket: Path | None = None) -> None:
+        super().__init__()
         self.unix_socket = unix_socket
-        self.port = 0
         self.seen: list[Seen] = []
         self._hold: Hold | None = None
         self._answers: list[tuple[int, bytes, dict[str, str]]] = []
         self._connections: list[Any] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="web-sim", daemon=True)
         self._runner: web.ServerRunner | None = None
         self._site: web.BaseSite | None = None
 
@@ -68,24 +67,9 @@ class WebSim:
         """What a request gets."""
         raise AssertionError("a subclass answers")
 
-    # life
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._run(self._start())
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _release(self) -> None:
         if self._hold is not None:
             self._hold.release()
-        self._run(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
 
     # what tests do
 
@@ -98,14 +82,6 @@ class WebSim:
         """Answers the next *times* requests so, whatever they ask for."""
         self._answers += [(status, body, {k.replace("_", "-"): v for k, v in headers.items()})] * times
 
-    def refuse(self) -> None:
-        """Closes all connections and refuses new ones until ``accept``."""
-        self._run(self._refuse())
-
-    def accept(self) -> None:
-        """Listens again at the same address."""
-        self._run(self._listen())
-
     def connections(self) -> int:
         """How many connections brought requests since ``forget``."""
         return len({seen.connection for seen in self.seen})
@@ -115,9 +91,6 @@ class WebSim:
         self.seen.clear()
 
     # the server
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     async def _start(self) -> None:
         self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
