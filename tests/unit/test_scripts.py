@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz import NAMES
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     path
@@ -34,6 +36,24 @@ def test_check_explains_itself() -> None:
     done = subprocess.run([ROOT / ".ci" / "run", "--help"], capture_output=True, text=True, check=True)
     assert "--allow-missing=NAME" in done.stdout
     assert "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["no-target"], ["--minutes", "0"], ["--jobs", "many"], ["--nonsense"]])
+def test_fuzz_refuses_what_it_does_not_know(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts" / "fuzz", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert arguments[-1] in done.stderr
+
+
+def test_fuzz_lists_every_target_with_its_invariant() -> None:
+    done = subprocess.run([ROOT / "scripts" / "fuzz", "--list"], capture_output=True, text=True, check=True)
+    listed = {line.split()[0] for line in done.stdout.splitlines()}
+    assert all(": " in line and line.split()[1] == "Invariant:" for line in done.stdout.splitlines())
+    modules = {path.stem for path in (ROOT / "native" / "fuzz" / "src").glob("*.rs")}
+    helpers = {"lib", "main", "tests", "input", "image", "guest", "world"}
+    assert listed == (modules - helpers) | set(NAMES) | {"socket"}
 
 
 @pytest.mark.parametrize(
