@@ -28,11 +28,13 @@ Pull = Literal["missing", "always", "never"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Prefetch = Literal["table", "none", "all"]
 Fill = Literal["after-start", "never", "now"]
+Sandbox = Literal["auto", "strict", "none"]
 
 PULLS: tuple[Pull, ...] = ("missing", "always", "never")
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
 PREFETCHES: tuple[Prefetch, ...] = ("table", "none", "all")
 FILLS: tuple[Fill, ...] = ("after-start", "never", "now")
+SANDBOXES: tuple[Sandbox, ...] = ("auto", "strict", "none")
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -107,6 +109,8 @@ class ServeConfig:
     """Where the blobs are, whatever the image says; None: where the image comes from."""
     config_file: Path | None = None
     """nydusd's configuration, from which other fields come; read again when credentials are refused."""
+    read_paths: tuple[Path, ...] = ()
+    """Files and folders that ``config_file`` names for reading."""
     pull: Pull = attrs.field(default="missing", validator=_one_of(*PULLS))
     io_deadline_s: float = attrs.field(
         default=DEFAULT_IO_DEADLINE_S, converter=float, validator=_between(1.0, MAX_IO_DEADLINE_S)
@@ -133,6 +137,10 @@ class ServeConfig:
     """When the rest of the image is fetched: most guests use a small part of it, so never, unless asked."""
     fill_rate: int = attrs.field(default=0, validator=_between(0, 1 << 40))
     """Bytes per second of the fill; 0: what the link carries."""
+    sandbox: Sandbox = attrs.field(default="auto", validator=_one_of(*SANDBOXES))
+    """Confine the daemon as far as the kernel can, refuse to start when that is not all, or do not."""
+    sandbox_allow: tuple[Path, ...] = ()
+    """What credential helpers read and write beside the usual places."""
     spill_size: int = attrs.field(default=DEFAULT_SPILL_SIZE, validator=_between(MIN_SPILL_SIZE, 1 << 40))
     retry_first_s: float = attrs.field(default=DEFAULT_RETRY_FIRST_S, validator=_between(0.001, 60.0))
     retry_cap_s: float = attrs.field(default=DEFAULT_RETRY_CAP_S, validator=_between(0.001, 60.0))

@@ -181,6 +181,13 @@ class SocketSetupError(VirtiofsdRafsError, OSError):
     exit_code = 5
 
 
+class SandboxError(VirtiofsdRafsError):
+    """The kernel cannot confine the daemon as was asked for."""
+
+    msgid = "sandbox.unavailable"
+    exit_code = 7
+
+
 class PeerError(VirtiofsdRafsError):
     """The VMM or the guest sent something malformed: their bug."""
 

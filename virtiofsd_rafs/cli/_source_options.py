@@ -40,6 +40,8 @@ class _Read(NamedTuple):
     options: dict[str, Any]
     warnings: tuple[str, ...]
     has_backend: bool
+    paths: tuple[Path, ...]
+    """Files and folders that the back-end reads."""
 
 
 def _read(path: Path) -> _Read:
@@ -93,7 +95,20 @@ def _read_here(path: Path) -> _Read:
     loaded = load_config_file(path)
     if loaded.backend is not None:
         check_installed(loaded.backend)
-    return _Read(loaded.options(), loaded.warnings, loaded.backend is not None)
+    return _Read(loaded.options(), loaded.warnings, loaded.backend is not None, _paths(loaded.backend))
+
+
+def _paths(backend: Any) -> tuple[Path, ...]:
+    http = getattr(backend, "http", None)
+    blob_file = getattr(backend, "blob_file", None)
+    paths = (*getattr(backend, "dirs", ()), *getattr(http, "ca_files", ()))
+    return paths if blob_file is None else (*paths, blob_file)
+
+
+def paths_in_config_file() -> tuple[Path, ...]:
+    """What the back-end in the file of ``--config`` reads; for a command with these options."""
+    loaded = click.get_current_context().meta.get(__name__)
+    return loaded.paths if isinstance(loaded, _Read) else ()
 
 
 _OPTIONS = (

@@ -10,7 +10,7 @@ import click
 
 from virtiofsd_rafs.cli._params import Size, format_size
 from virtiofsd_rafs.cli._registry_options import lean_registry_options
-from virtiofsd_rafs.cli._source_options import source_options
+from virtiofsd_rafs.cli._source_options import paths_in_config_file, source_options
 from virtiofsd_rafs.config import (
     DEFAULT_AMPLIFY,
     DEFAULT_CONNECTIONS,
@@ -22,6 +22,7 @@ from virtiofsd_rafs.config import (
     MIN_SPILL_SIZE,
     PREFETCHES,
     PULLS,
+    SANDBOXES,
     ServeConfig,
     default_api_socket,
     default_cache_dir,
@@ -120,6 +121,19 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=format_size(DEFAULT_SPILL_SIZE),
     help="Memory that stands in when the cache disk is missing or full.",
 )
+@click.option(
+    "--sandbox",
+    type=click.Choice(SANDBOXES),
+    default="auto",
+    show_default=True,
+    help="Confine the daemon as far as the kernel can; strict: or do not start.",
+)
+@click.option(
+    "--sandbox-allow",
+    type=_PATH,
+    multiple=True,
+    help="Let credential helpers read and write here; may be repeated.",
+)
 @click.option("--keep", is_flag=True, help="Listen again when the VMM has gone, instead of ending.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 def serve(
@@ -143,6 +157,8 @@ def serve(
     fill: str,
     fill_rate: int,
     spill_size: int,
+    sandbox: str,
+    sandbox_allow: tuple[Path, ...],
     keep: bool,
     log_level: str,
     plain_http: bool,
@@ -166,12 +182,15 @@ def serve(
         blob_dir=blob_dir,
         blob_source=blob_source,
         config_file=config_file,
+        read_paths=paths_in_config_file(),
         pull=pull,  # type: ignore[arg-type]  # click has checked the choice
         io_deadline_s=io_deadline,
         plain_http=plain_http,
         registry=access,
         allow_unverified=allow_unverified,
         log_level=log_level,  # type: ignore[arg-type]  # click has checked the choice
+        sandbox=sandbox,  # type: ignore[arg-type]  # click has checked the choice
+        sandbox_allow=sandbox_allow,
         keep=keep,
         amplify=amplify,
         connections=connections,

@@ -20,7 +20,7 @@ _STATUS_LEN = 65536
 _MAX_MOUNT_FDS = 2 + 4 * 255
 
 # What a failpoint does (native/crates/session/src/failpoint.rs, which also numbers the points).
-KILL, HANG, ABORT = 1, 2, 3
+KILL, HANG, ABORT, BREAK_OUT = 1, 2, 3, 4
 
 
 class Post(NamedTuple):
@@ -84,6 +84,10 @@ class Session:
         out = ffi.new("void **")
         raise_for(lib.vr_session_new(listener_fd, int(io_deadline_s * 1000), int(keep), out))
         return cls(out[0])
+
+    def confine_workers(self, parts: int) -> None:
+        """Confine all workers that will be forked; *parts* is of :func:`native.sandbox.confine`."""
+        raise_for(lib.vr_session_confine_workers(self._handle, parts))
 
     @classmethod
     def attach(cls, pid: int) -> Session:
@@ -167,7 +171,7 @@ class Session:
         return status
 
     def arm_failpoint(self, point: int, *, skip: int = 0, action: int = KILL, times: int = 1) -> None:
-        """Kill, hang or abort the worker when it passes *point*: *times* times, after *skip* free passes."""
+        """Make the worker act when it passes *point*: *times* times, after *skip* free passes."""
         raise_for(lib.vr_session_failpoint(self._handle, point, skip, action, times))
 
     def armed_failpoint(self) -> int:

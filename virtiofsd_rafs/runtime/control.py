@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.agent import Agent
     from virtiofsd_rafs.runtime.mount import Mounted
     from virtiofsd_rafs.runtime.renewal import Renewal
+    from virtiofsd_rafs.runtime.sandbox import Confined
     from virtiofsd_rafs.runtime.view import View
 
 T = TypeVar("T")
@@ -64,11 +65,12 @@ def main(
     config: ServeConfig,
     *,
     memory: int | None = None,
+    confined: Confined | None = None,
 ) -> int:
     """Run control until the keeper goes; the exit code.
 
     *keeper* is this end of the SOCK_SEQPACKET pair, *api* a listening unix socket, *memory* a memfd that a
-    successor gets, too. When the image cannot be
+    successor gets, too, *confined* the sandbox that this process is in already. When the image cannot be
     served, the reason is printed, the keeper is told to end, and the error's exit code is returned. When a
     predecessor had mounted it, workers serve what is cached, and the keeper is left to try again.
     """
@@ -76,7 +78,7 @@ def main(
     _raise_nofile()
     had_mount = session.mount_fds(MOUNT_INDEX) is not None
     try:
-        return _Control(session, keeper, api, config, memory).run()
+        return _Control(session, keeper, api, config, memory, confined).run()
     except VirtiofsdRafsError as e:
         print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr, flush=True)
         if not had_mount:
@@ -133,12 +135,14 @@ class _Control:
         api: socket.socket,
         config: ServeConfig,
         memory: int | None,
+        confined: Confined | None,
     ) -> None:
         self._session = session
         self._keeper = keeper
         self._api = api
         self._config = config
         self._memory = memory
+        self._confined = confined
         self._source: BlobSource | None = None
         self._resolver: Renewable | None = None  # asks for the image
         self._agent: Agent | None = None
@@ -169,6 +173,7 @@ class _Control:
         loop.add_signal_handler(signal.SIGTERM, gone.set)
         loop.add_reader(self._keeper.fileno(), self._keeper_readable, gone)
         view = View(self._session, self._config)
+        view.confined = self._confined
         renewal = Renewal(lambda: self._source or self._resolver, self._renewed, self._memory)
         view.renewal = self._renewal = renewal
         stop_api = self._start_api(view)

@@ -15,6 +15,7 @@ from virtiofsd_rafs import sockets
 from virtiofsd_rafs.errors import SocketSetupError, VirtiofsdRafsError
 from virtiofsd_rafs.native.session import ForkControl, Session
 from virtiofsd_rafs.runtime.environment import hide_secrets, reveal_secrets
+from virtiofsd_rafs.runtime.sandbox import Confined, confine
 
 if TYPE_CHECKING:
     from virtiofsd_rafs.config import ServeConfig
@@ -30,8 +31,12 @@ def serve(config: ServeConfig) -> int:
         api = sockets.take(config.api_socket)
         paths.append(config.api_socket)
         sockets.drop()
-        private = _Private(api, os.memfd_create("rafs-renewed", os.MFD_CLOEXEC), hide_secrets())
+        renewed, environment = os.memfd_create("rafs-renewed", os.MFD_CLOEXEC), hide_secrets()
+        confined = confine(config)
+        private = _Private(api, renewed, environment, confined)
         session = Session.create(listener.detach(), io_deadline_s=config.io_deadline_s, keep=config.keep)
+        if confined is not None:
+            session.confine_workers(confined.parts)
         return _run(session, private, config)
     finally:
         for path in paths:
@@ -46,6 +51,7 @@ class _Private(NamedTuple):
     """memfd with the credentials that came by the API."""
     environment: int | None
     """memfd with those of the environment."""
+    confined: Confined | None
 
 
 def _run(session: Session, private: _Private, config: ServeConfig) -> int:
@@ -69,7 +75,9 @@ def _control(session: Session, keeper_fd: int, private: _Private, config: ServeC
         from virtiofsd_rafs.runtime import control
 
         keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=keeper_fd)
-        return control.main(session, keeper, private.api, config, memory=private.renewed)
+        return control.main(
+            session, keeper, private.api, config, memory=private.renewed, confined=private.confined
+        )
     except VirtiofsdRafsError as e:
         print(f"virtiofsd-rafs: {e.msgid}: {e}", file=sys.stderr)
         return e.exit_code

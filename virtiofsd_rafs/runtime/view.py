@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.agent import Agent
     from virtiofsd_rafs.runtime.metrics import FetchRecord
     from virtiofsd_rafs.runtime.mount import Mounted
+    from virtiofsd_rafs.runtime.sandbox import Confined
     from virtiofsd_rafs.runtime.wants import Wait
 
 # States as nydusd names them.
@@ -53,6 +54,8 @@ class View:
         self._agent: Agent | None = None
         self._names: dict[int, str] = {}
         self.metrics = Metrics()
+        self.confined: Confined | None = None
+        """The sandbox that is in force; control says."""
         self.renewal = Renewal(lambda: None, lambda: None)
         """Takes new credentials; control puts its own here."""
 
@@ -164,6 +167,7 @@ class View:
             "version": __version__,
             "state": self.state,
             "now_ns": time.monotonic_ns(),
+            "sandbox": self._sandbox(),
             "image": self._image(),
             "agent": self._agent_status(),
             "fetch_log": [self._fetch(record) for record in self._latest(full=full)],
@@ -171,6 +175,9 @@ class View:
             "waiting": [self._wait(wait) for wait in self._waits()],
         }
         return status
+
+    def _sandbox(self) -> dict[str, Any]:
+        return {"mode": "none"} if self.confined is None else self.confined.status()
 
     def _image(self) -> dict[str, Any]:
         mounted = self._mounted

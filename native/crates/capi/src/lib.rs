@@ -8,6 +8,7 @@ pub mod builder;
 pub mod cache;
 pub mod frontend;
 pub mod rafs;
+pub mod sandbox;
 pub mod session;
 pub mod store;
 
@@ -85,8 +86,13 @@ pub fn guard(body: impl FnOnce() -> Result<i64, Failure>) -> i64 {
             Failure::new(VR_E_PANIC, format!("internal error: {text}"))
         }
     };
-    LAST_ERROR.with(|last| *last.borrow_mut() = failure.text);
+    note(failure.text);
     failure.code
+}
+
+/// Keeps `text` for [`vr_last_error`].
+fn note(text: String) {
+    LAST_ERROR.with(|last| *last.borrow_mut() = text);
 }
 
 /// The ABI version of this library.

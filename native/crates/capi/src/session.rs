@@ -76,6 +76,24 @@ pub unsafe extern "C" fn vr_session_new(
     })
 }
 
+/// Confines all workers that will be forked, to what `parts` (of `vr_sandbox_confine`) says.
+///
+/// # Safety
+/// `handle` as for all functions here.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vr_session_confine_workers(handle: *mut c_void, parts: i64) -> i64 {
+    guard(|| {
+        // SAFETY: forwarded.
+        let session = unsafe { session(handle)? };
+        session
+            .keeper
+            .as_mut()
+            .ok_or_else(no_keeper)?
+            .confine_workers(crate::sandbox::parts(parts));
+        Ok(0)
+    })
+}
+
 /// Maps the session memory of a running daemon through `fd` (a descriptor of its memfd), for tests and tools.
 ///
 /// # Safety

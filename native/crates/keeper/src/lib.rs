@@ -148,6 +148,11 @@ impl Keeper {
         })
     }
 
+    /// Confines all workers that will be forked to `parts`.
+    pub fn confine_workers(&mut self, parts: sandbox::Parts) {
+        self.device().slot.confine(parts);
+    }
+
     /// The memory shared with worker and control.
     pub fn shared(&self) -> &'static Shared {
         self.shared

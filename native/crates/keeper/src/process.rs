@@ -105,7 +105,12 @@ pub fn kill_and_wait(pid: libc::pid_t, pidfd: &OwnedFd, timeout_ms: libc::c_int)
 
 /// A wait status in words.
 pub fn describe_status(status: libc::c_int) -> String {
-    if libc::WIFSIGNALED(status) {
+    if libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSYS {
+        format!(
+            "signal {}: it made a system call that its sandbox forbids; the kernel's log says which (type=1326)",
+            libc::SIGSYS
+        )
+    } else if libc::WIFSIGNALED(status) {
         format!("signal {}", libc::WTERMSIG(status))
     } else {
         format!("exit code {}", libc::WEXITSTATUS(status))

@@ -53,6 +53,8 @@ pub struct WorkerSlot {
     running: Option<Running>,
     wakes: Vec<RawFd>,
     post: RawFd,
+    /// What confines a worker; `None`: nothing.
+    sandbox: Option<sandbox::Parts>,
     pause_ns: u64,
     due_ns: u64,
     /// Progress that each thread had at the last look, for the heartbeat.
@@ -69,10 +71,16 @@ impl WorkerSlot {
             running: None,
             wakes,
             post,
+            sandbox: None,
             pause_ns: 0,
             due_ns: 0,
             seen_progress,
         }
+    }
+
+    /// Confines workers from the next one on.
+    pub fn confine(&mut self, parts: sandbox::Parts) {
+        self.sandbox = Some(parts);
     }
 
     /// Takes a message of control in; true when an image is mounted by it.
@@ -153,7 +161,7 @@ impl WorkerSlot {
                 wakes: self.wakes.clone(),
                 post: self.post,
             };
-            run_child(setup, parent);
+            run_child(setup, parent, self.sandbox);
         }
         let record = self.shared.record();
         record.worker_pid.store(pid as u32, Ordering::Relaxed);
@@ -341,7 +349,7 @@ impl WorkerSlot {
 }
 
 /// The child's side of the fork; never returns into the keeper's code.
-fn run_child(setup: Setup, parent: u32) -> ! {
+fn run_child(setup: Setup, parent: u32, sandbox: Option<sandbox::Parts>) -> ! {
     let mut keep = vec![
         setup.shared.raw_fd(),
         setup.post,
@@ -361,6 +369,12 @@ fn run_child(setup: Setup, parent: u32) -> ! {
             .flatten(),
     );
     process::become_child(c"rafs-worker", parent, &keep);
+    // Before its first thread, and before it looks at anything that a guest can write.
+    if let Some(Err(e)) = sandbox.map(sandbox::confine_worker) {
+        session::say!("rafs-worker: it serves nothing outside its sandbox: {e}");
+        // SAFETY: as below.
+        unsafe { libc::_exit(1) };
+    }
     let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker::run(setup)))
         .unwrap_or(101);
     // SAFETY: ends the process without running the parent's destructors or Python's exit handlers.

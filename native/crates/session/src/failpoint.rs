@@ -59,6 +59,8 @@ pub const ACTION_KILL: u32 = 1;
 pub const ACTION_HANG: u32 = 2;
 /// The process aborts: a crash that counts against the request.
 pub const ACTION_ABORT: u32 = 3;
+/// The thread opens a file and makes a socket, says how far it came, and goes on if it still can.
+pub const ACTION_BREAK_OUT: u32 = 4;
 
 impl Failpoint {
     /// Arms `point` (0 disarms) to act when it is passed for the `skip + 1`-th time, and `times` times in all.
@@ -98,9 +100,36 @@ impl Failpoint {
                 std::thread::sleep(std::time::Duration::from_secs(3600));
             },
             ACTION_ABORT => std::process::abort(),
+            ACTION_BREAK_OUT => return break_out(),
             _ => {}
         }
         // SAFETY: kill(2) on ourselves; SIGKILL cannot be caught, so nothing after this runs.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }
+}
+
+/// What a worker that a guest has taken over would try first.
+fn break_out() {
+    let end = |result: libc::c_int| match result {
+        0.. => "open".to_owned(),
+        _ => std::io::Error::last_os_error().to_string(),
+    };
+    // SAFETY: a NUL-terminated path. What is opened stays open: this worker is not meant to live.
+    let file = unsafe { libc::open(c"/etc/passwd".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    crate::say!("rafs-worker: break-out: file: {}", end(file));
+    // SAFETY: plain system call.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    crate::say!("rafs-worker: break-out: socket: {}", end(socket));
+    let mut to = libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: 9u16.to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from_ne_bytes([127, 0, 0, 1]),
+        },
+        sin_zero: [0; 8],
+    };
+    let len = size_of_val(&to) as libc::socklen_t;
+    // SAFETY: an address of the length that is named.
+    let connected = unsafe { libc::connect(socket, (&raw mut to).cast(), len) };
+    crate::say!("rafs-worker: break-out: connect: {}", end(connected));
 }

@@ -125,10 +125,11 @@ impl GuestMemory {
             .ok_or_else(|| invalid("mmap offset overflows"))?;
         let map_len = usize::try_from(map_len).map_err(|_| invalid("too large"))?;
         // The file must really be that long: a page behind its end would be a SIGBUS later.
-        // SAFETY: fstat writes into a zeroed stat that we own.
+        // The call itself: what a C library makes of fstat may take a path, which a worker's sandbox refuses.
+        // SAFETY: fstat(2) writes into a zeroed stat that we own.
         let file_len = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
-            if libc::fstat(fd.as_raw_fd(), &mut stat) != 0 {
+            if libc::syscall(libc::SYS_fstat, fd.as_raw_fd(), &raw mut stat) != 0 {
                 return Err(io::Error::last_os_error());
             }
             if stat.st_mode & libc::S_IFMT == libc::S_IFREG {

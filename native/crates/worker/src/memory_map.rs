@@ -27,10 +27,11 @@ impl MemoryMap {
                 "the image's memfd is not sealed",
             ));
         }
-        // SAFETY: fstat writes into a zeroed stat that we own.
+        // The call itself: what a C library makes of fstat may take a path, which a worker's sandbox refuses.
+        // SAFETY: fstat(2) writes into a zeroed stat that we own.
         let len = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
-            if libc::fstat(fd.as_raw_fd(), &mut stat) != 0 {
+            if libc::syscall(libc::SYS_fstat, fd.as_raw_fd(), &raw mut stat) != 0 {
                 return Err(io::Error::last_os_error());
             }
             stat.st_size as usize

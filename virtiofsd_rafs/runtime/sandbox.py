@@ -1,0 +1,184 @@
+"""What a daemon may still reach once it serves: the paths, out of its configuration.
+
+The sandbox is put on before the keeper forks anything, so it holds for keeper, control and the credential
+helpers that control starts; each worker puts a closer one on top (native/crates/sandbox, docs/adr).
+Imported on the way of every start: little else is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from virtiofsd_rafs.errors import SandboxError, VirtiofsdRafsError
+from virtiofsd_rafs.native import sandbox
+from virtiofsd_rafs.native.sandbox import READ, REMOVE, RUN, WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from virtiofsd_rafs.config import ServeConfig
+
+Allowed = tuple[bytes, str]
+
+_RUN = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/gnu/store")
+# The resolver's files may be replaced while we run, so the folders that hold them.
+_READ = (
+    "/etc",
+    "/proc",
+    "/sys/devices/system/cpu",
+    "/sys/fs/cgroup",
+    "/run/systemd/resolve",
+    "/run/resolvconf",
+    "/run/NetworkManager",
+    "/run/nscd",
+    "/run/secrets",
+    "/var/lib/ca-certificates",
+)
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+# Where credentials are; what helpers keep of theirs.
+_HOME_READ = (".docker", ".config/containers")
+_HOME_WRITE = (".aws", ".azure", ".config/gcloud", ".ecr", ".gnupg", ".password-store")
+# Variables that name a file or a folder which is read.
+_VARIABLES = (
+    "DOCKER_CONFIG",
+    "REGISTRY_AUTH_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_CA_BUNDLE",
+    "AWS_DATA_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+)
+# Too much is in there.
+_NEVER_WHOLE = ("/", "/home", "/root", "/run", "/tmp", "/var")  # noqa: S108  (nothing is made there)
+
+
+class Confined(NamedTuple):
+    """The sandbox that is in force."""
+
+    mode: str
+    parts: int
+
+    def status(self) -> dict[str, Any]:
+        """For the status."""
+        return {
+            "mode": self.mode,
+            "no_new_privileges": True,
+            "capabilities_dropped": True,
+            "seccomp": sandbox.has_seccomp(self.parts),
+            "landlock_abi": sandbox.landlock_abi(self.parts),
+            "complete": sandbox.is_whole(self.parts),
+        }
+
+
+def confine(config: ServeConfig) -> Confined | None:
+    """Confine this process and its children, as *config* asks for; None: not at all. Raises SandboxError."""
+    if config.sandbox == "none":
+        return None
+    strict = config.sandbox == "strict"
+    if strict and not sandbox.is_whole(sandbox.available()):
+        raise SandboxError(f"--sandbox strict: {_missing(sandbox.available())}", remedy=_REMEDY)
+    _make_cache_dir(config)
+    try:
+        parts, why = sandbox.confine(list(allowed(config)))
+    except VirtiofsdRafsError as e:
+        raise SandboxError(f"the daemon cannot be confined: {e}", remedy="--sandbox none") from e
+    if not sandbox.is_whole(parts):
+        text = f"{_missing(parts)}{f': {why}' if why else ''}"
+        if strict:
+            raise SandboxError(f"--sandbox strict: {text}", remedy=_REMEDY)
+        print(f"virtiofsd-rafs: warning: the sandbox is not complete: {text}", file=sys.stderr, flush=True)
+    return Confined(config.sandbox, parts)
+
+
+_REMEDY = (
+    "it needs Linux 5.13 or later with seccomp and with landlock among CONFIG_LSM or lsm=, and a container "
+    "runtime that allows both; --sandbox auto takes what there is"
+)
+
+
+def _missing(parts: int) -> str:
+    missing = [] if sandbox.has_seccomp(parts) else ["seccomp filters"]
+    if not sandbox.landlock_abi(parts):
+        missing.append("Landlock")
+    return f"the kernel lacks {' and '.join(missing)}"
+
+
+def _make_cache_dir(config: ServeConfig) -> None:
+    """It must exist to be allowed. If it cannot be made, control says why when it needs it."""
+    if config.cache_dir is not None:
+        try:
+            config.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            return
+
+
+def allowed(config: ServeConfig) -> Iterator[Allowed]:
+    """What the daemon may do with which paths, and all below them."""
+    search = os.environ.get("PATH", "").split(os.pathsep)
+    for path in {*_RUN, sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, *search}:
+        if os.path.isabs(path) and path != "/":
+            yield RUN, path
+    for path in {*_READ, *_around(*_configured(config)), *_around(*_named_by_variables())}:
+        yield READ, path
+    for path in _DEVICES:
+        yield WRITE, path
+    home = os.environ.get("HOME") or os.path.expanduser("~")
+    for name in _HOME_READ:
+        yield READ, os.path.join(home, name)
+    for name in _HOME_WRITE:
+        yield WRITE, os.path.join(home, name)
+    for folder in (config.cache_dir, *config.sandbox_allow):
+        if folder is not None:
+            yield WRITE, str(folder)
+    for socket in (config.socket_path, config.api_socket):
+        if socket is not None:
+            yield REMOVE, os.path.dirname(socket) or "."
+
+
+def _configured(config: ServeConfig) -> Iterator[str]:
+    """Files and folders that options name."""
+    if config.blob_dir is not None or config.config_file is not None or os.path.exists(config.image):
+        yield config.image
+    source: Any = config.blob_source
+    access = config.registry
+    for path in (
+        config.blob_dir,
+        config.config_file,
+        config.prefetch_files,
+        *config.read_paths,
+        *getattr(source, "dirs", ()),
+        getattr(source, "blob_file", None),
+        *(getattr(getattr(source, "http", None), "ca_files", ())),
+        *(() if access is None else (access.auth_file, *access.http.ca_files)),
+    ):
+        if path is not None:
+            yield str(path)
+
+
+def _named_by_variables() -> Iterator[str]:
+    environment = os.environ
+    yield from (path for name in _VARIABLES if (path := environment.get(name)))
+    if base := environment.get("XDG_CONFIG_HOME"):
+        yield os.path.join(base, "containers")
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    yield os.path.join(runtime, "containers") if runtime else f"/run/containers/{os.getuid()}"
+
+
+def _around(*paths: str) -> Iterator[str]:
+    """The paths; with a file its folder, too, for it may be replaced while we run.
+
+    Not a home, nor the top of the file system: for the sake of one file nobody would open them.
+    """
+    closed = {*_NEVER_WHOLE, os.path.expanduser("~"), os.environ.get("HOME", "/")}
+    for path in paths:
+        path = os.path.abspath(path)
+        yield path
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(path):
+            yield from {os.path.dirname(path), folder} - closed
