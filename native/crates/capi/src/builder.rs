@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use image_builder::{BuildError, Builder, Built, Limits, Options, Plan, Progress};
 use rafs_format::{Compressor, Digester};
 
+use crate::pointers::{free, hand_out, input, output};
 use crate::{
     Failure, VR_E_CANCELLED, VR_E_INVALID, VR_E_LIMIT, VR_E_OS, VR_E_PANIC, VR_E_SOURCE, guard,
 };
@@ -91,26 +92,6 @@ unsafe fn opened<'a>(handle: *const c_void) -> Result<&'a Handle, Failure> {
     unsafe { handle.cast::<Handle>().as_ref() }.ok_or_else(order)
 }
 
-/// # Safety
-/// `data` must be valid for reads of `len` elements; it may be null when `len` is 0.
-unsafe fn input<'a, T>(data: *const T, len: usize) -> &'a [T] {
-    if len == 0 {
-        return &[];
-    }
-    // SAFETY: the caller promises `len` readable elements.
-    unsafe { std::slice::from_raw_parts(data, len) }
-}
-
-/// # Safety
-/// `data` must be valid for writes of `len` elements, which nobody else uses; it may be null when `len` is 0.
-unsafe fn output<'a, T>(data: *mut T, len: usize) -> &'a mut [T] {
-    if len == 0 {
-        return &mut [];
-    }
-    // SAFETY: the caller promises `len` writable elements; plain integers need no initialisation by type.
-    unsafe { std::slice::from_raw_parts_mut(data, len) }
-}
-
 /// A file of ours for a descriptor that stays the caller's.
 ///
 /// # Safety
@@ -180,7 +161,7 @@ pub unsafe extern "C" fn vr_builder_new(
             path: Mutex::default(),
         };
         // SAFETY: promised by the caller.
-        unsafe { out.write(Box::into_raw(Box::new(handle)).cast()) };
+        unsafe { hand_out(handle, out) };
         Ok(0)
     })
 }
@@ -191,10 +172,8 @@ pub unsafe extern "C" fn vr_builder_new(
 /// `handle` must come from [`vr_builder_new`], and no other call on it may run or follow.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vr_builder_free(handle: *mut c_void) {
-    if !handle.is_null() {
-        // SAFETY: the pointer came from Box::into_raw, and the caller promises that this is its last use.
-        drop(unsafe { Box::from_raw(handle.cast::<Handle>()) });
-    }
+    // SAFETY: promised by the caller.
+    unsafe { free::<Handle>(handle) };
 }
 
 /// Copies the path that the last `VR_E_SOURCE` is about, relative to the source, to `buf`, as much as fits; returns its

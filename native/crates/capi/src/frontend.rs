@@ -19,6 +19,7 @@ use frontend::exchange::{Framing, Layout};
 use frontend::fault::KINDS;
 use frontend::{Connection, Kit, Queue};
 
+use crate::pointers::{input, output};
 use crate::{Failure, VR_E_INVALID, VR_E_OS, VR_E_PEER, guard};
 
 /// Nothing arrived in time.
@@ -67,26 +68,6 @@ unsafe fn queue(h: *mut c_void, index: u32) -> Result<Arc<Queue>, Failure> {
     let index = u16::try_from(index).map_err(|_| invalid("queue index"))?;
     // SAFETY: the caller's promise.
     Ok(unsafe { kit(h) }?.queue(index)?)
-}
-
-/// # Safety
-/// `p` is valid for reads of `len` elements, or `len` is 0.
-unsafe fn input<'a, T>(p: *const T, len: usize) -> &'a [T] {
-    if len == 0 || p.is_null() {
-        return &[];
-    }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(p, len) }
-}
-
-/// # Safety
-/// `p` is valid for writes of `len` elements and nobody else uses them during the call, or `len` is 0.
-unsafe fn output<'a, T>(p: *mut T, len: usize) -> &'a mut [T] {
-    if len == 0 || p.is_null() {
-        return &mut [];
-    }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts_mut(p, len) }
 }
 
 /// Copies as much of `from` as fits.

@@ -7,6 +7,7 @@
 pub mod builder;
 pub mod cache;
 pub mod frontend;
+mod pointers;
 pub mod rafs;
 pub mod sandbox;
 pub mod session;

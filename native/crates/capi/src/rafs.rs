@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 
 use rafs_format::{ChunkTable, Dirent, ErrorKind, FormatError, SuperBlock, Tree};
 
+use crate::pointers::{free, hand_out, input, output};
 use crate::{Failure, VR_E_BAD_IMAGE, VR_E_INVALID, VR_E_UNSUPPORTED, guard};
 
 /// Values of [`vr_rafs_superblock`].
@@ -56,26 +57,6 @@ unsafe fn image<'a>(handle: *const c_void) -> Result<&'a Image, Failure> {
     unsafe { handle.cast::<Image>().as_ref() }.ok_or_else(|| Failure::new(VR_E_INVALID, "no image"))
 }
 
-/// # Safety
-/// `data` must be valid for reads of `len` bytes; it may be null when `len` is 0.
-unsafe fn input<'a>(data: *const u8, len: usize) -> &'a [u8] {
-    if len == 0 {
-        return &[];
-    }
-    // SAFETY: the caller promises `len` readable bytes.
-    unsafe { std::slice::from_raw_parts(data, len) }
-}
-
-/// # Safety
-/// `data` must be valid for writes of `len` elements, which nobody else uses; it may be null when `len` is 0.
-unsafe fn output<'a, T>(data: *mut T, len: usize) -> &'a mut [T] {
-    if len == 0 {
-        return &mut [];
-    }
-    // SAFETY: the caller promises `len` writable elements; plain integers need no initialisation by type.
-    unsafe { std::slice::from_raw_parts_mut(data, len) }
-}
-
 /// Copies as much of `value` as fits; returns its whole length.
 fn give(value: &[u8], out: &mut [u8]) -> i64 {
     let n = value.len().min(out.len());
@@ -103,7 +84,7 @@ pub unsafe extern "C" fn vr_rafs_open(
             chunks: OnceLock::new(),
         };
         // SAFETY: promised by the caller.
-        unsafe { handle.write(Box::into_raw(Box::new(image)).cast()) };
+        unsafe { hand_out(image, handle) };
         Ok(0)
     })
 }
@@ -114,10 +95,8 @@ pub unsafe extern "C" fn vr_rafs_open(
 /// `handle` must come from [`vr_rafs_open`], and no other call on it may run or follow.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vr_rafs_close(handle: *mut c_void) {
-    if !handle.is_null() {
-        // SAFETY: the pointer came from Box::into_raw, and the caller promises that this is its last use.
-        drop(unsafe { Box::from_raw(handle.cast::<Image>()) });
-    }
+    // SAFETY: promised by the caller.
+    unsafe { free::<Image>(handle) };
 }
 
 /// Writes flags, chunk size, root node id, inodes, build time, its nanoseconds, metadata offset, data blocks, number

@@ -9,6 +9,7 @@ use std::os::fd::{BorrowedFd, IntoRawFd};
 
 use chunk_store::{Options, Promise, Store, TableFds, kernel_boot_id};
 
+use crate::pointers::{free, hand_out};
 use crate::{Failure, VR_E_BAD_IMAGE, VR_E_INVALID, VR_E_UNSUPPORTED, guard};
 
 /// Numbers that [`vr_store_blob_info`] writes.
@@ -147,7 +148,7 @@ pub unsafe extern "C" fn vr_store_new(
             return Err(invalid("null out"));
         }
         // SAFETY: promised by the caller.
-        unsafe { out.write(Box::into_raw(Box::new(Handle { promise, store })).cast()) };
+        unsafe { hand_out(Handle { promise, store }, out) };
         Ok(blobs as i64)
     })
 }
@@ -158,10 +159,8 @@ pub unsafe extern "C" fn vr_store_new(
 /// `handle` must come from `vr_store_new`, no other call on it may run, and it must not be used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vr_store_free(handle: *mut c_void) {
-    if !handle.is_null() {
-        // SAFETY: promised by the caller.
-        drop(unsafe { Box::from_raw(handle.cast::<Handle>()) });
-    }
+    // SAFETY: promised by the caller.
+    unsafe { free::<Handle>(handle) };
 }
 
 /// Writes what the image says about blob `index`: chunk numbers (known ones end there), uncompressed size, known
