@@ -48,8 +48,9 @@ fn number(input: &mut Input<'_>) -> u64 {
     }
 }
 
-/// Bytes and descriptors of one message: of the right form but for its numbers, or anything.
-fn message(input: &mut Input<'_>) -> (Vec<u8>, Vec<usize>) {
+/// Bytes and descriptors of one message: of the right form but for its numbers, or anything. `region` is what was added
+/// last.
+fn message(input: &mut Input<'_>, region: &mut [u64; 4]) -> (Vec<u8>, Vec<usize>) {
     let kind = input.u8();
     let request = match kind & 0x3f {
         0x3f => input.u32(),
@@ -79,9 +80,10 @@ fn message(input: &mut Input<'_>) -> (Vec<u8>, Vec<usize>) {
         // One region, behind a field of padding.
         37 | 38 => {
             body.extend([0; 8]);
-            for _ in 0..4 {
-                body.extend(number(input).to_le_bytes());
+            if request == 37 || count & 1 != 0 {
+                *region = std::array::from_fn(|_| number(input));
             }
+            body.extend(region.iter().flat_map(|word| word.to_le_bytes()));
         }
         // Queue and number.
         8 | 10 | 11 | 18 => {
@@ -135,11 +137,12 @@ pub fn run(data: &[u8]) {
         let mut world = cell.borrow_mut();
         let World { bench, fds } = world.get_or_insert_with(World::new);
         let mut input = Input::new(data);
+        let mut region = [0; 4];
         for _ in 0..MESSAGES {
             if input.is_empty() {
                 break;
             }
-            let (bytes, which) = message(&mut input);
+            let (bytes, which) = message(&mut input, &mut region);
             let raw: Vec<RawFd> = which.iter().map(|i| fds[*i].as_raw_fd()).collect();
             bench.send(&bytes, &raw);
             check(&bench.serve());
@@ -180,6 +183,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
         queue(18, 1, 1),
         queue(11, 1, 0),
         vec![34, 8, 0],
+        // A region comes and goes: guest 2 MiB, 4 KiB, user address, offset 4 KiB.
+        vec![0x40 | 37, 8, 0, 3, 21, 3, 12, 5, 0, 3, 12, 0],
+        vec![38, 8, 0],
     ];
     let mut seeds = vec![ring.concat()];
     for i in 0..ring.len() {

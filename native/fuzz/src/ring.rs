@@ -3,7 +3,11 @@
 //! A driver that keeps the rules gets each answer once, with a length that its descriptors have room for, and its ring is
 //! never called broken; a worker that dies, a ring that is stopped and memory that goes and comes change nothing of that.
 
+use std::os::fd::AsRawFd as _;
+
 use virtq::testing::{INDIRECT, NEXT, WRITE, descriptor};
+
+use worker::channel::Op;
 
 use crate::guest::{BUFFERS, BUFFERS_LEN, RINGS, RINGS_LEN};
 use crate::input::Input;
@@ -14,6 +18,8 @@ const ACTIONS: usize = 150;
 /// A page of buffers for messages, one for indirect tables; writable descriptors usually name what follows.
 const TABLES: u64 = BUFFERS + 0x1000;
 const ROOM: u64 = BUFFERS + 0x2000;
+/// The second region of buffers.
+const LAST: u64 = BUFFERS + 0x1_0000;
 const OPCODES: [u32; 20] = [
     1, 2, 3, 4, 5, 14, 15, 15, 17, 18, 22, 23, 26, 28, 34, 36, 38, 42, 44, 46,
 ];
@@ -226,11 +232,31 @@ fn act(world: &mut World, input: &mut Input<'_>) {
             world.set_up(queue, size.min(MOST), start, action & 0x80 != 0);
         }
         55 => world.enable(queue, input.u8() & 1 != 0),
-        56 => world.set_memory(input.u8() & 1 != 0),
+        // All of it, the buffers, a part of them, or the rings.
+        56 => {
+            let away = input.pick(&[
+                &[][..],
+                &[RINGS, BUFFERS, LAST],
+                &[BUFFERS],
+                &[LAST],
+                &[RINGS],
+            ]);
+            world.set_away(away);
+        }
         57 => {
             let bytes = input.bytes(64);
             let at = BUFFERS + u64::from(input.u16()) % BUFFERS_LEN;
             world.memory.write(at, bytes);
+        }
+        58 => {
+            let fds = [world.call.as_raw_fd()];
+            let given = usize::from(input.u8() & 1);
+            world.tell(queue, Op::SetCall, &fds[..given]);
+        }
+        59 => world.tell(queue, Op::Repost, &[]),
+        60 => {
+            let head = u16::from(input.u8()) % world.queues[queue].driver.size;
+            world.crash_of(queue, head);
         }
         _ => world.turn(),
     }
@@ -273,6 +299,19 @@ pub fn seeds() -> Vec<Vec<u8>> {
     seeds.push(crash);
     for action in [44, 45, 38, 53, 54, 55, 56, 51] {
         seeds.push([&read[..], &[action, 3, 0, 39, 39, 47, 0, 39]].concat());
+    }
+    // The same without patience, with a request that kills its worker, and with buffers that go and come.
+    for more in [
+        &[52, 1, 51, 39][..],
+        &[60, 0, 39, 60, 0, 60, 0, 60, 0, 39],
+        &[58, 1, 47, 0, 47, 1, 47, 2, 39, 58, 0],
+        &[59, 39, 47, 0, 59, 39],
+        &[56, 2, 39, 52, 1, 47, 0, 47, 1, 47, 2, 39, 56, 0, 39],
+        &[56, 4, 39, 51, 39],
+        &[55, 0, 39, 47, 0, 47, 1, 47, 2, 39, 55, 1, 39],
+    ] {
+        seeds.push([&read[..], &[39], more].concat());
+        seeds.push([&[56, 2], &read[..], &[39], more, &[56, 0, 39]].concat());
     }
     // Descriptors of any kind, offered.
     let mut any = Vec::new();

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
 use rafs_format::Tree;
+use session::inflight::PHASE_SERVING;
 use virtq::testing::{Driver, Guest};
 use worker::RingSetup;
 use worker::channel::{Command, Op};
@@ -38,7 +39,10 @@ pub struct World {
     /// Node ids of all files, and some that are none.
     pub nodes: Vec<u64>,
     pub chunks: u64,
-    memory_away: bool,
+    /// An eventfd for calls.
+    pub call: std::os::fd::OwnedFd,
+    /// Guest addresses of the regions that are not there.
+    away: Vec<u64>,
 }
 
 impl World {
@@ -80,7 +84,8 @@ impl World {
             queues,
             nodes,
             chunks: chunks.into(),
-            memory_away: false,
+            call: worker::testing::call_fd(),
+            away: Vec::new(),
         }
     }
 
@@ -95,7 +100,7 @@ impl World {
 
     /// As after a boot: memory is zero, rings are empty, no chunk is there.
     pub fn reset(&mut self) {
-        self.set_memory(true);
+        self.set_away(&[]);
         self.memory.clear();
         for chunk in 0..self.chunks {
             self.bench.blobs[0].discard(chunk);
@@ -147,20 +152,30 @@ impl World {
         }
         let setups = self.setups(true);
         self.worker.restart(&self.bench, setups);
-        self.memory_away = false;
+        self.away.clear();
     }
 
-    /// Takes memory away, or brings it back.
-    pub fn set_memory(&mut self, there: bool) {
-        if there == self.memory_away {
-            let thread = self.worker.thread();
-            if there {
-                self.bench.add_memory(thread);
-            } else {
-                self.bench.remove_memory(thread);
-            }
-            self.memory_away = !there;
-        }
+    /// Takes the regions of `which` away, and brings the others back.
+    pub fn set_away(&mut self, which: &[u64]) {
+        let thread = self.worker.thread();
+        let back = |addr: &u64| self.away.contains(addr) && !which.contains(addr);
+        self.bench.add_regions(thread, |addr| back(&addr));
+        let gone = |addr: &u64| which.contains(addr) && !self.away.contains(addr);
+        self.bench.remove_regions(thread, |addr| gone(&addr));
+        self.away = which.to_vec();
+    }
+
+    /// What control and keeper say now and then: another call fd, or that control is another one.
+    pub fn tell(&mut self, i: usize, op: Op, fds: &[std::os::fd::RawFd]) {
+        let command = Command::new(op, i);
+        let answer = self.bench.tell(self.worker.thread(), &command, fds);
+        assert_eq!(answer.status, 0);
+    }
+
+    /// The worker dies of `head`, as far as anybody can tell.
+    pub fn crash_of(&mut self, i: usize, head: u16) {
+        self.bench.shared.log(i).set_phase(head, PHASE_SERVING);
+        self.crash();
     }
 
     pub fn enable(&mut self, i: usize, on: bool) {
@@ -264,7 +279,7 @@ impl World {
 
     /// Whatever came before: a new driver gets its answer.
     pub fn is_alive(&mut self) {
-        self.set_memory(true);
+        self.set_away(&[]);
         self.set_up(2, 64, 5, true);
         let at = guest::BUFFERS;
         let message = worker::testing::message(fuse_abi::opcode::GETATTR, 1, &[0; 16]);

@@ -153,6 +153,12 @@ fn eventfd() -> RawFd {
     unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) }
 }
 
+/// An eventfd to be signalled by.
+pub fn call_fd() -> OwnedFd {
+    // SAFETY: a fresh descriptor that nobody else owns.
+    unsafe { std::os::fd::FromRawFd::from_raw_fd(eventfd()) }
+}
+
 fn leak<T>(value: T) -> &'static T {
     Box::leak(Box::new(value))
 }
@@ -259,7 +265,8 @@ impl Bench {
         self.remove_regions(thread, |guest_addr| guest_addr == PLACES);
     }
 
-    fn remove_regions(&self, thread: &mut RingThread, which: impl Fn(u64) -> bool) {
+    /// Takes those regions away whose guest address `which` accepts.
+    pub fn remove_regions(&self, thread: &mut RingThread, which: impl Fn(u64) -> bool) {
         for (spec, _) in self.guest.regions().filter(|(r, _)| which(r.guest_addr)) {
             let args = [spec.guest_addr, spec.size, spec.user_addr, 0];
             let command = Command::new(Op::RemoveRegion, 0).with(args);
@@ -275,7 +282,8 @@ impl Bench {
         self.add_regions(thread, |guest_addr| guest_addr == PLACES);
     }
 
-    fn add_regions(&self, thread: &mut RingThread, which: impl Fn(u64) -> bool) {
+    /// Brings those regions back whose guest address `which` accepts.
+    pub fn add_regions(&self, thread: &mut RingThread, which: impl Fn(u64) -> bool) {
         for (spec, file) in self.guest.regions().filter(|(r, _)| which(r.guest_addr)) {
             let command = Command::new(Op::AddRegion, 0).with([
                 spec.guest_addr,
