@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-from virtiofsd_rafs.errors import SandboxError, VirtiofsdRafsError
+from virtiofsd_rafs.errors import TYPE_CHECKING, SandboxError, VirtiofsdRafsError
 from virtiofsd_rafs.native import sandbox
 from virtiofsd_rafs.native.sandbox import READ, REMOVE, RUN, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from virtiofsd_rafs.config import ServeConfig
 
@@ -58,11 +58,14 @@ _VARIABLES = (
 _NEVER_WHOLE = ("/", "/home", "/root", "/run", "/tmp", "/var")  # noqa: S108  (nothing is made there)
 
 
-class Confined(NamedTuple):
-    """The sandbox that is in force."""
+class Confined:
+    """The sandbox that is in force: its mode, and ``parts`` of :func:`native.sandbox.confine`."""
 
-    mode: str
-    parts: int
+    __slots__ = ("mode", "parts")
+
+    def __init__(self, mode: str, parts: int) -> None:
+        self.mode = mode
+        self.parts = parts
 
     def status(self) -> dict[str, Any]:
         """For the status."""
