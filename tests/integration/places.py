@@ -25,6 +25,7 @@ from tests.sim.http_proxy import ProxySim
 from tests.sim.oss import OssSim
 from tests.sim.registry import RegistrySimulator
 from tests.sim.s3 import S3Gate, moto_server, put_object
+from tests.sim.sources import Config
 from tests.sim.web import GatewaySim
 from virtiofsd_rafs.backends import open_source
 from virtiofsd_rafs.backends.base import CredentialUpdate, Renewable
@@ -34,7 +35,6 @@ from virtiofsd_rafs.backends.config import (
     HttpProxyBackend,
     LocalBackend,
     OssBackend,
-    RegistryAccess,
     RegistryBackend,
     S3Backend,
 )
@@ -51,15 +51,6 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.backends.base import BlobSource
 
 REPOSITORY = "some/where"
-
-
-@attrs.frozen
-class Config:
-    """The part of the daemon's configuration that a source reads."""
-
-    access: RegistryAccess = attrs.field(factory=RegistryAccess)
-    connections: int = 8
-    io_deadline_s: float = 90.0
 
 
 @attrs.define

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from guest.registry import Registry
+from tests.sim.sources import Config
 from tests.sim.tls import make_certificate
 from virtiofsd_rafs.backends import open_source
 from virtiofsd_rafs.backends.config import HttpOptions, RegistryAccess
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+PLAIN = Config(RegistryAccess(plain_http=True))
 # "me:hunter2", as `htpasswd -B` writes it; docker-registry takes nothing but bcrypt.
 HTPASSWD = "me:$2b$05$abcdefghijklmnopqrstuuoXuKqgZXLiJqzfmMXDDhSFPIvxV7t8.\n"
 
@@ -36,13 +38,6 @@ class PasswordRegistry(Registry):
         (folder / "htpasswd").write_text(HTPASSWD)
         auth = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
         return {**super()._config(folder), "auth": auth}
-
-
-@attrs.frozen
-class Config:
-    access: RegistryAccess = attrs.field(factory=lambda: RegistryAccess(plain_http=True))
-    connections: int = 8
-    io_deadline_s: float = 90.0
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +80,12 @@ async def test_push_pull_read(registry: Registry, out: Path, tmp_path: Path) -> 
             image = await resolve_image(name, cache_dir=cache_dir, blob_dir=None, plain_http=True)
             assert image.bootstrap == bootstrap
             assert image.manifest_digest == digest
-    source = open_source(image, Config())
+    source = open_source(image, PLAIN)
     wanted = [(0, len(blob)), (0, 1), (len(blob) - 1, 1), (1000, 70_000)]
     got = await asyncio.gather(*(source.read_range(blob_of(out).name, o, n) for o, n in wanted))
     assert got == [blob[o : o + n] for o, n in wanted]
     await source.close()
-    fresh = open_source(attrs.evolve(image, blob_sizes={}), Config())
+    fresh = open_source(attrs.evolve(image, blob_sizes={}), PLAIN)
     assert await fresh.blob_size(blob_of(out).name) == len(blob)
     await fresh.close()
 
@@ -100,7 +95,7 @@ async def test_a_range_behind_the_end(registry: Registry, out: Path) -> None:
     reference = f"127.0.0.1:{registry.port}/some/where:v1"
     await push_image(out, reference, plain_http=True)
     image = await resolve_image(reference, cache_dir=None, blob_dir=None, plain_http=True)
-    source = open_source(image, Config(connections=1))
+    source = open_source(image, attrs.evolve(PLAIN, connections=1))
     blob = blob_of(out)
     size = blob.stat().st_size
     for offset, length in [(size, 1), (size + 100, 4096), (size - 1, 2)]:
@@ -118,7 +113,7 @@ async def test_what_is_not_there(registry: Registry, out: Path) -> None:
     reference = f"127.0.0.1:{registry.port}/some/where:v1"
     await push_image(out, reference, plain_http=True)
     image = await resolve_image(reference, cache_dir=None, blob_dir=None, plain_http=True)
-    source = open_source(image, Config())
+    source = open_source(image, PLAIN)
     with pytest.raises(NotFound):
         await source.read_range("0" * 64, 0, 1)
     await source.close()
@@ -157,7 +152,7 @@ async def test_password(tool: Callable[[str], str], tmp_path: Path, out: Path, d
         login(docker_config, registry.port, "hunter2")
         await push_image(out, reference, plain_http=True)
         image = await resolve_image(reference, cache_dir=None, blob_dir=None, plain_http=True)
-        source = open_source(image, Config())
+        source = open_source(image, PLAIN)
         assert await source.read_range(blob_of(out).name, 0, 8) == blob_of(out).read_bytes()[:8]
         await source.close()
         assert "hunter2" not in registry.log.read_text()

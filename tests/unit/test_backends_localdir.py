@@ -11,11 +11,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import attrs
 import pytest
 
+from tests.sim.sources import Config
 from virtiofsd_rafs.backends import open_source
-from virtiofsd_rafs.backends.config import RegistryAccess
 from virtiofsd_rafs.backends.localdir import LocalDirSource
 from virtiofsd_rafs.backends.readers import MAX_THREADS
 from virtiofsd_rafs.errors import BackendError, BackendTimeout, BadReply, NotFound, Unreachable
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
 
 BLOB = os.urandom(100_000)
 BLOB_ID = "ab" * 32
-
-
-@attrs.frozen
-class Config:
-    access: RegistryAccess = attrs.field(factory=lambda: RegistryAccess(plain_http=False))
-    connections: int = 8
-    io_deadline_s: float = 90.0
 
 
 @pytest.fixture

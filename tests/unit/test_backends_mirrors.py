@@ -15,6 +15,7 @@ import pytest
 from tests.sim.gate import Auth
 from tests.sim.images import make_image
 from tests.sim.registry import RegistrySimulator
+from tests.sim.sources import Clock, nobody
 from virtiofsd_rafs.backends import mirrors as mirrors_module
 from virtiofsd_rafs.backends.base import ANSWERED_BY, Distrustful, Renewable, Reporting
 from virtiofsd_rafs.backends.config import HttpOptions, Mirror, RegistryAccess, RegistryBackend
@@ -33,28 +34,14 @@ if TYPE_CHECKING:
 BLOB = random.Random(3).randbytes(300_000)
 
 
-class Clock:
-    """The clock of the mirrors' health."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(mirrors_module, "time", clock)
-    return clock
+    return Clock.of(monkeypatch, mirrors_module)
 
 
 @pytest.fixture(autouse=True)
 def docker_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none"))
-    return tmp_path / "config.json"
+    return nobody(monkeypatch, tmp_path)
 
 
 class Places:

@@ -11,10 +11,11 @@ from aiohttp import web
 
 from tests.sim.http_proxy import ProxySim
 from tests.sim.oss import OssSim
+from tests.sim.sources import Config
 from tests.sim.web import WebSim
 from virtiofsd_rafs.backends import open_source
 from virtiofsd_rafs.backends.base import CredentialUpdate
-from virtiofsd_rafs.backends.config import HttpProxyBackend, OssBackend, RegistryAccess
+from virtiofsd_rafs.backends.config import HttpProxyBackend, OssBackend
 from virtiofsd_rafs.backends.http_proxy import plan_proxy_body
 from virtiofsd_rafs.backends.objects import ObjectSource
 from virtiofsd_rafs.backends.oss import OssSigner
@@ -40,13 +41,6 @@ if TYPE_CHECKING:
 
 DATA = bytes(range(256)) * 64
 KEY = "s3cr3t"
-
-
-@attrs.frozen
-class Config:
-    access: RegistryAccess = attrs.field(factory=RegistryAccess)
-    connections: int = 4
-    io_deadline_s: float = 90.0
 
 
 def source(backend: BackendConfig) -> BlobSource:

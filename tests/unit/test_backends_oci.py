@@ -14,6 +14,7 @@ import pytest
 
 from tests.sim.gate import Auth
 from tests.sim.registry import RegistrySimulator
+from tests.sim.sources import Config, nobody
 from virtiofsd_rafs.backends import open_source
 from virtiofsd_rafs.backends.config import HttpOptions, RegistryAccess
 from virtiofsd_rafs.backends.oci import OciSource
@@ -43,23 +44,16 @@ if TYPE_CHECKING:
 BLOB = random.Random(1).randbytes(300_000)
 BLOB_ID = hashlib.sha256(BLOB).hexdigest()
 DIGEST = f"sha256:{BLOB_ID}"
-
-
-@attrs.frozen
-class Config:
-    access: RegistryAccess = attrs.field(factory=lambda: RegistryAccess(plain_http=True))
-    connections: int = 8
-    io_deadline_s: float = 90.0
+PLAIN = Config(RegistryAccess(plain_http=True))
 
 
 @pytest.fixture(autouse=True)
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
-    """Whoever runs the tests may be logged in somewhere; that must not matter. Returns a ``docker login``."""
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    """A ``docker login``."""
+    config = nobody(monkeypatch, tmp_path)
 
     def login(host: str, entry: dict[str, str]) -> None:
-        (tmp_path / "config.json").write_text(json.dumps({"auths": {host: entry}}))
+        config.write_text(json.dumps({"auths": {host: entry}}))
 
     return login
 
@@ -72,7 +66,7 @@ def sim(registry_sim: RegistrySimulator) -> RegistrySimulator:
 
 def source_for(sim: RegistrySimulator, config: Config | None = None) -> BlobSource:
     image = ResolvedImage("x", b"", reference=parse_reference(f"{sim.host}/a/b:1"))
-    return open_source(image, config or Config())
+    return open_source(image, config or PLAIN)
 
 
 async def met(fault: Fault, times: int = 1) -> None:
@@ -103,7 +97,7 @@ async def test_ranges(sim: RegistrySimulator) -> None:
 
 async def test_size_that_the_manifest_told_is_not_asked_for(sim: RegistrySimulator) -> None:
     reference = parse_reference(f"{sim.host}/a/b:1")
-    source = open_source(ResolvedImage("x", b"", reference=reference, blob_sizes={BLOB_ID: 5}), Config())
+    source = open_source(ResolvedImage("x", b"", reference=reference, blob_sizes={BLOB_ID: 5}), PLAIN)
     assert await source.blob_size(BLOB_ID) == 5
     assert sim.log == []
     await source.close()
@@ -322,7 +316,7 @@ async def test_registry_that_is_away_for_a_while(sim: RegistrySimulator) -> None
 
 async def test_unknown_host() -> None:
     reference = parse_reference("no-such-host.invalid/a:1")
-    source = open_source(ResolvedImage("x", b"", reference=reference), Config())
+    source = open_source(ResolvedImage("x", b"", reference=reference), PLAIN)
     with pytest.raises(Unreachable, match="no-such-host"):
         await source.read_range(BLOB_ID, 0, 10)
     await source.close()
@@ -344,7 +338,7 @@ async def test_no_progress_is_a_timeout(sim: RegistrySimulator, fault: str) -> N
 async def test_silence_leaves_time_for_other_tries(sim: RegistrySimulator, fault: str) -> None:
     """Of a short deadline a silent server takes a sixth, not the time-out that suits a long one."""
     sim.fault(fault, where="blob", times=3, interval=0.01)
-    source = source_for(sim, Config(io_deadline_s=1.2))
+    source = source_for(sim, attrs.evolve(PLAIN, io_deadline_s=1.2))
     async with asyncio.timeout(14):  # less than the long one
         for _ in range(3):
             with pytest.raises(BackendTimeout):
@@ -367,7 +361,7 @@ async def test_a_held_range_holds_nobody_else(sim: RegistrySimulator) -> None:
 
 async def test_a_cancelled_read_gives_its_connection_back(sim: RegistrySimulator) -> None:
     hold = sim.fault("hold", where="blob", times=2)
-    source = source_for(sim, Config(connections=2))
+    source = source_for(sim, attrs.evolve(PLAIN, connections=2))
     tasks = [asyncio.create_task(source.read_range(BLOB_ID, 0, 10)) for _ in range(2)]
     await met(hold, 2)
     for task in tasks:
@@ -395,7 +389,7 @@ async def test_ranges_that_are_none(sim: RegistrySimulator, offset: int, length:
 
 def test_an_image_from_nowhere() -> None:
     with pytest.raises(ConfigError, match="--blob-dir"):
-        open_source(ResolvedImage("x", b""), Config())
+        open_source(ResolvedImage("x", b""), PLAIN)
 
 
 async def test_tls(tool: Callable[[str], str], tmp_path: Path) -> None:

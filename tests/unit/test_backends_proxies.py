@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.sim.forward_proxy import ForwardProxy
 from tests.sim.gate import Auth
 from tests.sim.registry import RegistrySimulator
+from tests.sim.sources import Clock, nobody
 from tests.sim.tls import make_certificate
 from virtiofsd_rafs.backends import http as http_module
 from virtiofsd_rafs.backends.base import CredentialUpdate
@@ -33,8 +34,7 @@ BLOB = random.Random(4).randbytes(100_000)
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none"))
+    nobody(monkeypatch, tmp_path)
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -228,19 +228,9 @@ async def test_use_http_leaves_tls_to_the_proxy(sim: RegistrySimulator, proxy: F
 # -- around ------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(http_module, "time", clock)
-    return clock
+    return Clock.of(monkeypatch, http_module)
 
 
 @pytest.mark.parametrize("trouble", ["refused", "silent", "502", "407"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.sim.gate import Auth
+from tests.sim.sources import Clock, nobody
 from virtiofsd_rafs.backends import client as client_module
 from virtiofsd_rafs.backends.base import CredentialUpdate
 from virtiofsd_rafs.backends.config import RegistryBackend
@@ -29,31 +30,15 @@ if TYPE_CHECKING:
 BLOB = random.Random(2).randbytes(200_000)
 
 
-class Clock:
-    """The clocks of the client; those of the simulator go their own way."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    time = monotonic
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(client_module, "time", clock)
-    return clock
+    return Clock.of(monkeypatch, client_module)
 
 
 @pytest.fixture(autouse=True)
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """docker's config.json, which is not there yet."""
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none"))
-    return tmp_path / "config.json"
+    return nobody(monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import pytest
 from aiohttp import web
 
 from tests.sim.s3 import S3Gate, moto_server
+from tests.sim.sources import Config
 from tests.sim.web import ObjectSim, WebSim, error
 from virtiofsd_rafs.backends import check_installed, open_source
 from virtiofsd_rafs.backends.base import CredentialUpdate
-from virtiofsd_rafs.backends.config import RegistryAccess, S3Backend
+from virtiofsd_rafs.backends.config import S3Backend
 from virtiofsd_rafs.backends.http import HttpClient
 from virtiofsd_rafs.backends.objects import ObjectSource
 from virtiofsd_rafs.backends.s3 import S3Signer, base_url
@@ -43,13 +44,6 @@ if TYPE_CHECKING:
 
 DATA = bytes(range(256)) * 16
 SECRET = "hunter2/+"
-
-
-@attrs.frozen
-class Config:
-    access: RegistryAccess = attrs.field(factory=RegistryAccess)
-    connections: int = 4
-    io_deadline_s: float = 90.0
 
 
 class Store(S3Gate):
