@@ -42,6 +42,8 @@ MIB = 1 << 20
 # Below the guest's hung-task limit of 120 s, so that a request fails with EIO before its kernel complains.
 DEFAULT_IO_DEADLINE_S = 90.0
 MAX_IO_DEADLINE_S = 3600.0
+DEFAULT_POLL_US = 50
+MAX_POLL_US = 1_000_000
 # nydusd's amplify_io: about what a link of 30 Mbit/s carries in a third of a second.
 DEFAULT_AMPLIFY = 1 * MIB
 MAX_AMPLIFY = 64 * MIB
@@ -116,6 +118,8 @@ class ServeConfig:
         default=DEFAULT_IO_DEADLINE_S, converter=float, validator=_between(1.0, MAX_IO_DEADLINE_S)
     )
     """How long a guest's request may wait for its data before it fails with EIO."""
+    poll_us: int = attrs.field(default=DEFAULT_POLL_US, validator=_between(0, MAX_POLL_US))
+    """How long a worker looks for more requests before it sleeps, at most; 0: it sleeps at once."""
     plain_http: bool = False
     """Speak http to the registry."""
     registry: RegistryAccess | None = None

@@ -15,10 +15,12 @@ from virtiofsd_rafs.config import (
     DEFAULT_AMPLIFY,
     DEFAULT_CONNECTIONS,
     DEFAULT_IO_DEADLINE_S,
+    DEFAULT_POLL_US,
     DEFAULT_SPILL_SIZE,
     FILLS,
     LOG_LEVELS,
     MAX_AMPLIFY,
+    MAX_POLL_US,
     MIN_SPILL_SIZE,
     PREFETCHES,
     PULLS,
@@ -77,6 +79,13 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     default=DEFAULT_IO_DEADLINE_S,
     show_default=True,
     help="Seconds that a guest's request may wait for its data before it fails with EIO.",
+)
+@click.option(
+    "--poll-us",
+    type=click.IntRange(0, MAX_POLL_US),
+    default=DEFAULT_POLL_US,
+    show_default=True,
+    help="Microseconds that a worker looks for more requests before it sleeps, at most.",
 )
 @click.option(
     "--amplify",
@@ -150,6 +159,7 @@ def serve(
     pull: str,
     allow_unverified: bool,
     io_deadline: float,
+    poll_us: int,
     amplify: int,
     connections: int,
     prefetch_files: Path | None,
@@ -185,6 +195,7 @@ def serve(
         read_paths=paths_in_config_file(),
         pull=pull,  # type: ignore[arg-type]  # click has checked the choice
         io_deadline_s=io_deadline,
+        poll_us=poll_us,
         plain_http=plain_http,
         registry=access,
         allow_unverified=allow_unverified,

@@ -76,13 +76,14 @@ class Session:
         self._traces = ffi.new("uint64_t[]", _BATCH * lib.VR_TRACE_WORDS)
 
     @classmethod
-    def create(cls, listener_fd: int, *, io_deadline_s: float, keep: bool) -> Session:
+    def create(cls, listener_fd: int, *, io_deadline_s: float, poll_us: int, keep: bool) -> Session:
         """A session with its keeper around *listener_fd*, a listening unix socket that it takes over.
 
+        Ring threads look for more requests for at most *poll_us* microseconds before they sleep.
         Blocks SIGTERM, SIGINT and SIGHUP in this process: from now on ``run`` handles them.
         """
         out = ffi.new("void **")
-        raise_for(lib.vr_session_new(listener_fd, int(io_deadline_s * 1000), int(keep), out))
+        raise_for(lib.vr_session_new(listener_fd, int(io_deadline_s * 1000), poll_us, int(keep), out))
         return cls(out[0])
 
     def confine_workers(self, parts: int) -> None:

@@ -34,7 +34,12 @@ def serve(config: ServeConfig) -> int:
         renewed, environment = os.memfd_create("rafs-renewed", os.MFD_CLOEXEC), hide_secrets()
         confined = confine(config)
         private = _Private(api, renewed, environment, confined)
-        session = Session.create(listener.detach(), io_deadline_s=config.io_deadline_s, keep=config.keep)
+        session = Session.create(
+            listener.detach(),
+            io_deadline_s=config.io_deadline_s,
+            poll_us=config.poll_us,
+            keep=config.keep,
+        )
         if confined is not None:
             session.confine_workers(confined.parts)
         return _run(session, private, config)

@@ -41,7 +41,8 @@ fn no_keeper() -> Failure {
 }
 
 /// Makes the keeper around `listener`, a bound and listening unix socket, which it takes over. Blocks SIGTERM, SIGINT
-/// and SIGHUP. `keep` != 0 listens again when a front-end goes.
+/// and SIGHUP. Ring threads look for more requests for at most `poll_us` before they sleep. `keep` != 0 listens again
+/// when a front-end goes.
 ///
 /// # Safety
 /// `out` is valid for one pointer; `listener` is an open descriptor that the caller gives away.
@@ -49,6 +50,7 @@ fn no_keeper() -> Failure {
 pub unsafe extern "C" fn vr_session_new(
     listener: i32,
     io_deadline_ms: u64,
+    poll_us: u32,
     keep: u32,
     out: *mut *mut c_void,
 ) -> i64 {
@@ -61,6 +63,7 @@ pub unsafe extern "C" fn vr_session_new(
         let options = Options {
             keep: keep != 0,
             io_deadline_ns: io_deadline_ms.saturating_mul(1_000_000),
+            poll_ns: u64::from(poll_us) * 1000,
         };
         let keeper = Keeper::new(listener, options)?;
         let session = Session {

@@ -49,6 +49,8 @@ pub struct Options {
     pub keep: bool,
     /// When a request that waits for data gets EIO, in ns.
     pub io_deadline_ns: u64,
+    /// How long ring threads look for more requests before they sleep, at most, in ns.
+    pub poll_ns: u64,
 }
 
 /// A worker that is busy without progress for so long hangs.
@@ -116,6 +118,7 @@ impl Keeper {
         record
             .io_deadline_ns
             .store(options.io_deadline_ns, Ordering::Relaxed);
+        record.poll_ns.store(options.poll_ns, Ordering::Relaxed);
         record
             .keeper_pid
             .store(std::process::id(), Ordering::Relaxed);

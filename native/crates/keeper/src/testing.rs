@@ -35,6 +35,7 @@ impl Bench {
                 options: Options {
                     keep: true,
                     io_deadline_ns: 1,
+                    poll_ns: 0,
                 },
                 listener: UnixListener::from(OwnedFd::from(unused)),
                 signals: event(),

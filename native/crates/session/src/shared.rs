@@ -30,6 +30,8 @@ pub struct SessionRecord {
     pub flags: AtomicU64,
     /// Seconds after which a request that waits for data gets EIO.
     pub io_deadline_ns: AtomicU64,
+    /// How long a ring thread looks for more requests before it sleeps, at most, in ns; 0: not at all.
+    pub poll_ns: AtomicU64,
     pub keeper_pid: AtomicU32,
     pub worker_pid: AtomicU32,
     pub control_pid: AtomicU32,
@@ -52,8 +54,8 @@ pub struct SessionRecord {
     pub worker_ready_ns: AtomicU64,
 }
 
-/// One ring thread of the worker.
-#[repr(C)]
+/// One ring thread of the worker. Aligned so that no thread writes to a cache line of another one.
+#[repr(C, align(128))]
 pub struct ThreadRecord {
     /// Since when the thread has been busy; 0 while it sleeps. With `progress` this is the heartbeat.
     pub busy_since_ns: AtomicU64,
@@ -80,13 +82,14 @@ pub fn add(counter: &AtomicU64, n: u64) {
 
 impl ThreadRecord {
     /// Counts a request.
+    #[inline]
     pub fn count(&self, opcode: u32) {
         add(&self.requests[(opcode as usize).min(OPCODES - 1)], 1);
     }
 }
 
-/// One queue as `status` shows it.
-#[repr(C)]
+/// One queue as `status` shows it; aligned as [`ThreadRecord`] is.
+#[repr(C, align(128))]
 pub struct QueueRecord {
     pub size: AtomicU32,
     pub enabled: AtomicU32,
@@ -200,6 +203,7 @@ impl Shared {
         })
     }
 
+    #[inline]
     fn layout(&self) -> &Layout {
         // SAFETY: mapped for the life of self; all shared fields are atomics.
         unsafe { &*self.map }
@@ -210,25 +214,30 @@ impl Shared {
         self.fd.as_raw_fd()
     }
 
+    #[inline]
     pub fn failpoint(&self) -> &Failpoint {
         &self.layout().failpoint
     }
 
+    #[inline]
     pub fn record(&self) -> &SessionRecord {
         &self.layout().record
     }
 
     /// `index` is reduced to the valid range.
+    #[inline]
     pub fn thread(&self, index: usize) -> &ThreadRecord {
         &self.layout().threads[index % MAX_THREADS]
     }
 
     /// `index` is reduced to the valid range.
+    #[inline]
     pub fn queue(&self, index: usize) -> &QueueRecord {
         &self.layout().queues[index % MAX_QUEUES]
     }
 
     /// `index` is reduced to the valid range.
+    #[inline]
     pub fn log(&self, index: usize) -> &QueueLog {
         &self.layout().logs[index % MAX_QUEUES]
     }

@@ -80,6 +80,7 @@ impl Mount {
     }
 
     /// The chunk tables of blob `index`.
+    #[inline]
     pub fn blob(&self, index: u16) -> Option<&BlobView> {
         self.blobs.get(usize::from(index))
     }
@@ -94,6 +95,7 @@ impl Mount {
 }
 
 /// The node number behind a node id; `None` when the id belongs to no mount.
+#[inline]
 pub fn nid_of(nodeid: u64, root: Nid) -> Option<Nid> {
     if nodeid == fuse_abi::ROOT_ID {
         return Some(root);
@@ -105,6 +107,7 @@ pub fn nid_of(nodeid: u64, root: Nid) -> Option<Nid> {
 }
 
 /// The node id of a node number.
+#[inline]
 pub fn nodeid_of(nid: Nid, root: Nid) -> u64 {
     if nid == root {
         fuse_abi::ROOT_ID

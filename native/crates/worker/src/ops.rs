@@ -1,5 +1,7 @@
 //! Requests that are answered from metadata alone: pure functions from arguments to reply bytes.
 
+use std::sync::OnceLock;
+
 use fuse_abi::reply::{self, Attr};
 use fuse_abi::request::{self, InitIn, LseekIn, ReadIn};
 use fuse_abi::{init_flags, opcode};
@@ -39,13 +41,19 @@ pub fn inode(tree: &Tree<'_>, nodeid: u64) -> Result<Inode, Errno> {
     Ok(tree.inode(nid)?)
 }
 
+/// User and group of this process, which never change.
+static OWNER: OnceLock<(u32, u32)> = OnceLock::new();
+
+#[inline]
 fn attr(tree: &Tree<'_>, inode: &Inode) -> Attr {
     // Without EXPLICIT_UID_GID an image names no owners: the daemon's stand in, as with nydusd.
     let (uid, gid) = if tree.superblock().explicit_uid_gid() {
         (inode.uid, inode.gid)
     } else {
-        // SAFETY: plain system calls that cannot fail.
-        unsafe { (libc::geteuid(), libc::getegid()) }
+        *OWNER.get_or_init(|| {
+            // SAFETY: plain system calls that cannot fail.
+            unsafe { (libc::geteuid(), libc::getegid()) }
+        })
     };
     Attr {
         ino: inode.nid,
@@ -236,17 +244,24 @@ fn listxattr(tree: &Tree<'_>, nodeid: u64, args: &[u8], out: &mut Vec<u8>) -> Re
     }
     let size = request::xattr_size(args).ok_or(Errno(libc::EINVAL))?;
     let node = inode(tree, nodeid)?;
-    let mut names = Vec::new();
+    let start = out.len();
     for item in tree.xattrs(&node) {
         let (prefix, suffix, _) = item?;
-        names.extend_from_slice(prefix);
-        names.extend_from_slice(suffix);
-        names.push(0);
-        if names.len() > XATTR_SIZE_MAX {
+        out.extend_from_slice(prefix);
+        out.extend_from_slice(suffix);
+        out.push(0);
+        if out.len() - start > XATTR_SIZE_MAX {
             return Err(Errno(libc::E2BIG));
         }
     }
-    sized(&names, size, out)
+    let len = out.len() - start;
+    if size == 0 {
+        out.truncate(start);
+        out.extend_from_slice(&(len as u64).to_le_bytes());
+    } else if len > size as usize {
+        return Err(Errno(libc::ERANGE));
+    }
+    Ok(())
 }
 
 fn readdir(

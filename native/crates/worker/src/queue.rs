@@ -195,6 +195,7 @@ impl<'a> Queue<'a> {
     }
 
     /// Takes the next head and logs it.
+    #[inline]
     pub fn take(&mut self, now_ns: u64) -> Option<u16> {
         if !self.is_live() {
             return None;
@@ -294,6 +295,14 @@ impl<'a> Queue<'a> {
             self.shared.failpoint().pass(Point::Signalled);
         }
         wanted
+    }
+
+    /// Whether the driver should learn now of the answers it has been shown: it sleeps perhaps, and takes about as
+    /// long to wake up as the requests last that it still waits for. Until then a signal would only wake it more often.
+    pub fn is_half_done(&self) -> bool {
+        self.ring
+            .as_ref()
+            .is_some_and(|ring| ring.unsignalled() >= ring.waiting())
     }
 
     /// Signals the driver whether it wants it or not: after a crash nobody knows what it has been told.

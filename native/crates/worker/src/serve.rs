@@ -1,5 +1,6 @@
 //! One request: from a head of the avail ring to a completed, parked or submitted request.
 
+use std::mem::MaybeUninit;
 use std::sync::atomic::Ordering;
 
 use fuse_abi::request::{IN_HEADER_LEN, InHeader};
@@ -20,6 +21,9 @@ use crate::read::{ReadOutcome, Reader, settled};
 
 /// Arguments beyond this many bytes are never looked at: the longest are an attribute name of 255 bytes after 8 more.
 const ARGS_MAX: usize = 512;
+/// A header and its arguments, which are filled as far as there are any.
+type Message = [MaybeUninit<u8>; IN_HEADER_LEN + ARGS_MAX];
+const EMPTY: Message = [MaybeUninit::uninit(); IN_HEADER_LEN + ARGS_MAX];
 
 /// What a ring thread needs for every request.
 pub struct Server {
@@ -87,27 +91,23 @@ impl Server {
         }
     }
 
-    /// Reads the header and up to `ARGS_MAX` argument bytes.
-    fn open(
+    /// Reads the header and up to `ARGS_MAX` argument bytes into `message`: header and arguments.
+    #[inline]
+    fn open<'m>(
         &mut self,
         queue: &Queue<'_>,
         head: u16,
-        args: &mut [u8; ARGS_MAX],
-    ) -> Result<(InHeader, usize), Unopened> {
+        message: &'m mut Message,
+    ) -> Result<(InHeader, &'m [u8]), Unopened> {
         match queue.walk(&self.mem, head, &mut self.chain) {
             Ok(()) => {}
             Err(ChainError::MemoryAway) => return Err(Unopened::MemoryAway),
             Err(_) => return Err(Unopened::Unusable),
         }
-        let mut raw = [0u8; IN_HEADER_LEN];
-        if self.chain.read_at(0, &mut raw) < IN_HEADER_LEN {
-            return Err(Unopened::Unusable);
-        }
-        let header = InHeader::parse(&raw).ok_or(Unopened::Unusable)?;
-        let declared = (header.len as usize).saturating_sub(IN_HEADER_LEN);
-        let len = declared.min(ARGS_MAX);
-        let n = self.chain.read_at(IN_HEADER_LEN, &mut args[..len]);
-        Ok((header, n))
+        let raw = self.chain.read_into(0, message);
+        let header = InHeader::parse(raw).ok_or(Unopened::Unusable)?;
+        let declared = (header.len as usize).clamp(IN_HEADER_LEN, raw.len());
+        Ok((header, &raw[IN_HEADER_LEN..declared]))
     }
 
     /// What becomes of a head that could not be opened.
@@ -123,15 +123,14 @@ impl Server {
 
     /// Serves one head; bytes copied to the guest, as a measure of the work done.
     pub fn serve(&mut self, queue: &mut Queue<'_>, at: Head) -> usize {
-        let mut args = [0u8; ARGS_MAX];
-        let (header, n) = match self.open(queue, at.head, &mut args) {
+        let mut message = EMPTY;
+        let (header, args) = match self.open(queue, at.head, &mut message) {
             Ok(opened) => opened,
             Err(why) => {
                 self.put_aside(queue, at, &why);
                 return 0;
             }
         };
-        let args = &args[..n];
         if !at.waited {
             self.shared.thread(self.thread).count(header.opcode);
         }
@@ -147,7 +146,7 @@ impl Server {
             }
             _ => {
                 self.out.clear();
-                self.out.resize(reply::OUT_HEADER_LEN, 0);
+                self.out.extend_from_slice(&[0; reply::OUT_HEADER_LEN]);
                 let room = self
                     .chain
                     .writable_len()
@@ -171,7 +170,7 @@ impl Server {
 
     fn serve_init(&mut self, queue: &mut Queue<'_>, head: u16, header: &InHeader, args: &[u8]) {
         self.out.clear();
-        self.out.resize(reply::OUT_HEADER_LEN, 0);
+        self.out.extend_from_slice(&[0; reply::OUT_HEADER_LEN]);
         let queue_size = self.shared.queue(queue.index).size.load(Ordering::Relaxed) as u16;
         let has_xattr = self.tree.superblock().has_xattr();
         let done = ops::init(args, queue_size, has_xattr, &mut self.out).map(|agreed| {
@@ -243,8 +242,8 @@ impl Server {
             self.serve(queue, at);
             return;
         }
-        let mut args = [0u8; ARGS_MAX];
-        let (header, n) = match self.open(queue, at.head, &mut args) {
+        let mut message = EMPTY;
+        let (header, args) = match self.open(queue, at.head, &mut message) {
             Ok(opened) => opened,
             Err(why) => return self.put_aside(queue, at, &why),
         };
@@ -252,7 +251,7 @@ impl Server {
         self.shared.failpoint().pass(Point::Copying);
         let copied = self.chain.write_at(reply::OUT_HEADER_LEN, data);
         self.shared.failpoint().pass(Point::Copied);
-        self.finish_read(queue, at, &header, &args[..n], copied);
+        self.finish_read(queue, at, &header, args, copied);
     }
 
     fn finish_read(
@@ -424,8 +423,8 @@ impl Server {
     /// Answers `head` with an error. False when the memory for that is away: then it is not answered.
     #[must_use]
     pub fn fail(&mut self, queue: &mut Queue<'_>, head: u16, errno: Errno) -> bool {
-        let mut args = [0u8; ARGS_MAX];
-        match self.open(queue, head, &mut args) {
+        let mut message = EMPTY;
+        match self.open(queue, head, &mut message) {
             Ok((header, _)) => self.fail_open(queue, head, &header, errno),
             Err(Unopened::Unusable) => queue.complete(head, 0),
             Err(Unopened::MemoryAway) => return false,

@@ -409,6 +409,11 @@ impl Worker {
         self.thread.as_mut().expect("a thread")
     }
 
+    /// One round of the thread; false when it would sleep.
+    pub fn round(&mut self) -> bool {
+        self.thread().round()
+    }
+
     /// Carries out the commands that wait, as the loop of a thread does.
     pub fn commands(&mut self) -> std::io::Result<bool> {
         self.thread().commands()

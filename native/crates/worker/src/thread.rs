@@ -24,10 +24,15 @@ use crate::{Setup, thread_of};
 /// A round takes at most so many heads, or about so many bytes, before answers are published and hiprio has its turn.
 const ROUND_HEADS: usize = 64;
 const ROUND_BYTES: usize = 1 << 20;
-/// Answers are shown to the driver after so many heads or bytes: it works on them while the next are served. A signal
-/// goes out only when the driver asks for one.
-const FLUSH_HEADS: usize = 8;
-const FLUSH_BYTES: usize = 64 << 10;
+/// Answers are shown to the driver after so many heads or bytes: it works on them while the next are served.
+const SHOW_HEADS: usize = 8;
+const SHOW_BYTES: usize = 64 << 10;
+/// A driver that asks for signals gets one when half of its requests are answered, or so many bytes: it wakes up while
+/// the others are served.
+const SIGNAL_BYTES: usize = 512 << 10;
+/// While rings never run empty, descriptors are looked at this often, in ns: a system call in each round costs as much
+/// as some requests.
+const WAIT_NS: u64 = 200_000;
 /// After so long without a request, in ms, what only a busy thread needs is given back.
 const REST_MS: i32 = 3000;
 /// How often a ring without a kick fd is looked at.
@@ -66,6 +71,8 @@ pub struct RingThread {
     post: RawFd,
     pub(crate) next_epoch: u64,
     spin: Spin,
+    /// Bytes of answers since a driver was told last.
+    unsignalled_bytes: usize,
 }
 
 impl RingThread {
@@ -99,7 +106,8 @@ impl RingThread {
             wake: setup.wakes[index],
             post: setup.post,
             next_epoch: 0,
-            spin: Spin::default(),
+            unsignalled_bytes: 0,
+            spin: Spin::new(setup.shared.record().poll_ns.load(Ordering::Relaxed)),
         };
         this.watch(this.channel, TOKEN_CHANNEL, libc::EPOLLIN as u32)?;
         this.watch(
@@ -137,11 +145,16 @@ impl RingThread {
         let mut rested = false;
         // Whether waiting requests have to be looked at, when that was done last, and whether the pool has ended reads.
         let (mut look, mut looked_ns, mut read) = (true, 0, true);
+        let mut waited_ns = 0;
         loop {
-            let more = self.round() | look | read;
+            let busy = self.round();
+            let more = busy | look | read;
             if self.server.parking.tell_control {
                 self.server.parking.tell_control = false;
                 write_event(self.post);
+            }
+            if busy && now_ns().saturating_sub(waited_ns) < WAIT_NS {
+                continue;
             }
             let timeout = match (more, self.nobody_waits()) {
                 (true, _) => 0,
@@ -173,6 +186,7 @@ impl RingThread {
             }
             rested = false;
             let now = self.set_busy();
+            waited_ns = now;
             session::add(&thread.wakeups, 1);
             for event in &events[..n as usize] {
                 // Copied: the structure is packed, and rustc 1.85 borrows what it matches on.
@@ -221,10 +235,10 @@ impl RingThread {
     pub(crate) fn round(&mut self) -> bool {
         let mut heads = 0;
         loop {
-            let mut more = false;
+            let (mut more, now) = (false, now_ns());
             // Index order: hiprio is queue 0, and comes first in every round; each of the others has its turn.
             for i in 0..self.queues.len() {
-                let budget = self.drain(i);
+                let budget = self.drain(i, now);
                 heads += budget.heads;
                 more |= budget.is_spent();
             }
@@ -245,28 +259,43 @@ impl RingThread {
     }
 
     /// Serves what queue `i` offers, up to the budget of a round.
-    fn drain(&mut self, i: usize) -> Budget {
+    fn drain(&mut self, i: usize, now: u64) -> Budget {
         self.queues[i].disarm();
-        let now = now_ns();
         let mut budget = Budget::default();
         self.drain_backlog(i, now, &mut budget);
-        let queue = &mut self.queues[i];
-        let mut flushed = budget.bytes;
+        let mut shown = budget.bytes;
         while !budget.is_spent() {
-            let Some(head) = queue.take(now) else { break };
+            let queue = &mut self.queues[i];
+            let Some(head) = queue.take(now) else {
+                // The driver has nothing else to do than to take its answers.
+                self.flush(i);
+                return budget;
+            };
             let at = Head {
                 head,
                 taken_ns: now,
                 waited: false,
             };
-            budget.spend(self.server.serve(queue, at));
-            if budget.heads % FLUSH_HEADS == 0 || budget.bytes - flushed >= FLUSH_BYTES {
-                flushed = budget.bytes;
-                queue.flush();
+            let bytes = self.server.serve(queue, at);
+            budget.spend(bytes);
+            self.unsignalled_bytes += bytes;
+            if budget.heads % SHOW_HEADS == 0 || budget.bytes - shown >= SHOW_BYTES {
+                shown = budget.bytes;
+                self.show(i);
             }
         }
-        self.flush(i);
+        self.show(i);
         budget
+    }
+
+    /// Shows the driver its answers; it is signalled only when that is worth it.
+    fn show(&mut self, i: usize) {
+        self.queues[i].publish();
+        if self.unsignalled_bytes >= SIGNAL_BYTES || self.queues[i].is_half_done() {
+            self.flush(i);
+        } else {
+            self.step();
+        }
     }
 
     fn drain_backlog(&mut self, i: usize, now: u64, budget: &mut Budget) {
@@ -299,6 +328,7 @@ impl RingThread {
     }
 
     fn flush(&mut self, i: usize) {
+        self.unsignalled_bytes = 0;
         if self.queues[i].flush() {
             let signals = &self.server.shared.thread(self.index).signals;
             session::add(signals, 1);
