@@ -278,40 +278,101 @@ pub fn run(data: &[u8]) {
     });
 }
 
+/// The input of a READ in `queue`: of file `node` of the world's list, with room for `room` bytes; bit 0 of `kind` asks for an
+/// indirect table.
+fn read(queue: u8, node: u8, offset: u32, size: u32, head: u8, kind: u8, room: u16) -> Vec<u8> {
+    let mut out = vec![queue << 6, 6, 0, node, 0];
+    out.extend(offset.to_le_bytes());
+    out.extend(&size.to_le_bytes()[..3]);
+    out.extend([head, kind]);
+    out.extend(room.to_le_bytes());
+    out.push(20);
+    out
+}
+
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut seeds = vec![Vec::new()];
     // Each opcode at each kind of arguments, with all chunks there, some there, and none.
     for opcode in 0..OPCODES.len() as u8 {
         let mut seed = vec![47, 0, 47, 1, 49, 2];
         for args in 0..5u8 {
-            for node in 0..8u8 {
+            for node in 0..12u8 {
                 seed.extend([node % 3 << 6, opcode, 0, node, args]);
-                seed.extend([0; 8]);
+                seed.extend([0, 0, 0, 0, 0, 16, 0, 0]);
                 seed.extend([0x20 | node & 1, 7, 0]);
                 seed.push(39);
             }
         }
         seeds.push(seed);
     }
-    // A parked read, the worker's death, the chunk, the answer.
-    let read = [0, 6, 0, 6, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0x40, 6, 0];
-    let crash = [&read[..], &[39, 51, 39, 47, 0, 47, 1, 47, 2, 39]].concat();
-    seeds.push(crash);
-    for action in [44, 45, 38, 53, 54, 55, 56, 51] {
-        seeds.push([&read[..], &[action, 3, 0, 39, 39, 47, 0, 39]].concat());
-    }
-    // The same without patience, with a request that kills its worker, and with buffers that go and come.
-    for more in [
-        &[52, 1, 51, 39][..],
+    // Reads of the first two files behind the five numbers that are none: parked, in memory, by the pool, in parts.
+    const BIG: u8 = 5;
+    let reads = [
+        read(0, BIG, 0, 4096, 0, 0, 1500),
+        read(1, BIG, 4000, 200, 2, 1, 700),
+        read(1, BIG, 9000, 1 << 17, 4, 0, 1599),
+        read(2, BIG + 6, 0, 4096, 0, 1, 16),
+    ];
+    let all = reads.concat();
+    let stored = |action: u8| {
+        (0..8)
+            .flat_map(move |chunk| [action, chunk])
+            .collect::<Vec<u8>>()
+    };
+    seeds.push([&stored(47), &all[..], &[39]].concat());
+    seeds.push([&stored(49), &all[..], &[39]].concat());
+    seeds.push([&all[..], &[39], &stored(47), &[39]].concat());
+    seeds.push(
+        [
+            &all[..],
+            &[39],
+            &stored(49),
+            &[39],
+            &stored(50),
+            &all[..],
+            &[39],
+        ]
+        .concat(),
+    );
+    // The same with everything that can happen meanwhile.
+    let happens = [
+        &[51, 39][..],
+        &[44, 3, 0, 39, 39],
+        &[45, 3, 0, 39, 39],
+        &[38, 3, 0, 39, 39],
+        &[53, 1, 39],
+        &[53, 0, 39],
+        &[54, 3, 0, 0, 39],
+        &[52, 1, 51, 39],
         &[60, 0, 39, 60, 0, 60, 0, 60, 0, 39],
-        &[58, 1, 47, 0, 47, 1, 47, 2, 39, 58, 0],
-        &[59, 39, 47, 0, 59, 39],
-        &[56, 2, 39, 52, 1, 47, 0, 47, 1, 47, 2, 39, 56, 0, 39],
-        &[56, 4, 39, 51, 39],
-        &[55, 0, 39, 47, 0, 47, 1, 47, 2, 39, 55, 1, 39],
-    ] {
-        seeds.push([&read[..], &[39], more].concat());
-        seeds.push([&[56, 2], &read[..], &[39], more, &[56, 0, 39]].concat());
+        &[58, 1, 39, 58, 0],
+        &[59, 39],
+        &[56, 1, 39, 56, 0],
+        &[56, 2, 39, 52, 1, 51, 39, 56, 0, 39],
+        &[56, 2, 39, 56, 0, 39],
+        &[56, 3, 39, 51, 39],
+        &[56, 4, 39, 56, 0, 39],
+        &[55, 0, 39, 55, 1, 39],
+        &[57, 0, 1, 2, 3, 39],
+    ];
+    for more in happens {
+        for first in &reads {
+            seeds.push([first, &[39][..], more, &stored(47), &[39]].concat());
+        }
+        seeds.push([&all[..], &[39], more, &stored(47), &[39]].concat());
+        seeds.push([&all[..], &[39], more, &stored(49), &[39]].concat());
+        seeds.push(
+            [
+                &[56, 2],
+                &all[..],
+                &[39],
+                more,
+                &[56, 0, 39],
+                &stored(47),
+                &[39],
+            ]
+            .concat(),
+        );
     }
     // Descriptors of any kind, offered.
     let mut any = Vec::new();
