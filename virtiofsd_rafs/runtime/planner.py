@@ -278,7 +278,7 @@ class Planner:
                 self._left.put(want, now)
             else:
                 fetches.append(self._plan(want, now))
-        if not self._queue:
+        if self.background and not self._queue:
             self._plan_background(fetches, now)
         return fetches
 
@@ -331,7 +331,7 @@ class Planner:
             events.append(self._left.next_look)
         if self._queue:
             return min(events, default=None)
-        background = self.background.next_event(self._load())
+        background = self.background.next_event(self._load()) if self.background else None
         if background is not None:
             events.append(background)
         return max(min(events), self._paused_until) if events else None
