@@ -48,6 +48,7 @@ install_build_tools() {
     want clippy have_clippy rust-web-clippy
     want docker-registry "is docker-registry" docker-registry
     want openssl "is openssl" openssl
+    want valgrind "is valgrind" valgrind
     # The page of a report is looked at by a browser; this one has no window and is a third of the size.
     want chromium have_chromium chromium-headless-shell
     want erofs-utils "is fsck.erofs" erofs-utils

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from tests.bench.build import build
+from tests.bench.callgrind import callgrind
 from tests.bench.cold import cold
 from tests.bench.crash import crash
 from tests.bench.docs import docs
@@ -41,7 +42,7 @@ def main() -> None:
 
 for command in (operations, held, start, memory, cold, fullread, crash, faults, many, model, build):
     main.add_command(command)
-for command in (page_command, docs):
+for command in (callgrind, page_command, docs):
     main.add_command(command)
 
 if __name__ == "__main__":
