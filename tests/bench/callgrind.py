@@ -1,8 +1,8 @@
 """Instructions per request that hits, counted by callgrind: exact where timings are noise.
 
 `native/benches` serves requests in a ring thread without processes around it; valgrind counts what that
-thread executes in user space. The figures are kept in ``native/benches/figures.json`` and hold for one compiler
-and one C library: with others the counts are shown and not compared, but for what must hold with any.
+thread executes in user space. The figures in ``native/benches/figures.json`` hold for one compiler and one C
+library: with others the counts are shown and not compared, but for what must hold with any.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def faults(counts: dict[str, float], known: dict[str, float] | None) -> list[str
 def callgrind(update: bool, profiles: Path | None) -> None:
     """Instructions per request that hits, against the figures in native/benches.
 
-    Exit code 1 when they differ by more than 3 %. A change that is meant is explained in the commit that updates
-    the figures (--update).
+    Exit code 1 when they differ by more than 3 %. A change that is meant is explained in the commit that
+    updates the figures (--update).
     """
     program = build()
     listed = subprocess.run([program, "list"], check=True, capture_output=True, text=True).stdout
