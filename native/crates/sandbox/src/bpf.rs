@@ -21,29 +21,39 @@ pub enum Verdict {
     Kill,
 }
 
-/// `(argument & mask) == value`, of the low 32 bits: all that the kernel looks at in the arguments checked here.
+/// Whether `(argument & mask) == value` is `holds`, of the low 32 bits: all that the kernel looks at in the arguments
+/// checked here.
 #[derive(Clone, Copy, Debug)]
 pub struct Check {
     pub argument: u8,
     pub mask: u32,
     pub value: u32,
+    pub holds: bool,
 }
 
 impl Check {
-    pub fn equals(argument: u8, value: u32) -> Check {
+    pub fn masked(argument: u8, mask: u32, value: u32) -> Check {
         Check {
             argument,
-            mask: u32::MAX,
+            mask,
             value,
+            holds: true,
+        }
+    }
+
+    pub fn equals(argument: u8, value: u32) -> Check {
+        Check::masked(argument, u32::MAX, value)
+    }
+
+    pub fn differs(argument: u8, value: u32) -> Check {
+        Check {
+            holds: false,
+            ..Check::equals(argument, value)
         }
     }
 
     pub fn lacks(argument: u8, bits: u32) -> Check {
-        Check {
-            argument,
-            mask: bits,
-            value: 0,
-        }
+        Check::masked(argument, bits, 0)
     }
 }
 
@@ -131,7 +141,8 @@ pub fn compile(rules: &[Rule], default: Verdict) -> Vec<sock_filter> {
             if check.mask != u32::MAX {
                 body.push(statement(BPF_ALU | BPF_AND | BPF_K, check.mask));
             }
-            body.push(jump(BPF_JEQ, check.value, 0, 1));
+            let (then, otherwise) = if check.holds { (0, 1) } else { (1, 0) };
+            body.push(jump(BPF_JEQ, check.value, then, otherwise));
             body.push(give(rule.verdict));
         }
         body.push(give(rule.otherwise));

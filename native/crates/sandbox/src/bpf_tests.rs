@@ -46,10 +46,11 @@ fn sample() -> Vec<sock_filter> {
             if_one_of: vec![Check::equals(1, 5), Check::lacks(2, 4)],
             otherwise: Verdict::Kill,
         },
+        Rule::always(0x1_0000, Verdict::Allow),
         Rule {
-            call: 0x1_0000,
-            verdict: Verdict::Allow,
-            if_one_of: vec![],
+            call: 11,
+            verdict: Verdict::Kill,
+            if_one_of: vec![Check::differs(0, 3)],
             otherwise: Verdict::Allow,
         },
     ];
@@ -78,6 +79,13 @@ fn one_check_that_holds_is_enough() {
     ] {
         assert_eq!(run(&filter, ARCH, 9, args), expected, "{args:?}");
     }
+}
+
+#[test]
+fn a_check_can_ask_for_the_contrary() {
+    let filter = sample();
+    assert_eq!(run(&filter, ARCH, 11, [3, 0, 0, 0, 0, 0]), ALLOW);
+    assert_eq!(run(&filter, ARCH, 11, [4, 3, 0, 0, 0, 0]), KILL);
 }
 
 #[test]

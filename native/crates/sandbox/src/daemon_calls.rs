@@ -7,8 +7,9 @@ use libc::{EPERM, c_long, sock_filter};
 use crate::bpf::{Check, Rule, Verdict, compile};
 
 /// CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER (linux/capability.h): of root's privileges those to reach cache
-/// directories and images that belong to others. Landlock says which.
-pub const KEPT_CAPABILITIES: [u32; 3] = [1, 2, 3];
+/// directories and images that belong to others; Landlock says which. CAP_SYS_NICE: control's event loop comes first;
+/// the filter leaves it for the caller itself and without real time.
+pub const KEPT_CAPABILITIES: [u32; 4] = [1, 2, 3, 23];
 
 const DENIED: &[c_long] = &[
     // Other processes.
@@ -58,6 +59,9 @@ const DENIED: &[c_long] = &[
     libc::SYS_modify_ldt,
     // Landlock up to ABI 2 lets files be cut that it keeps from being written. open(O_TRUNC): below.
     libc::SYS_truncate,
+    // Who runs first. The others of that kind: below.
+    libc::SYS_sched_setattr,
+    libc::SYS_ioprio_set,
     // Time and names of the host.
     libc::SYS_settimeofday,
     libc::SYS_clock_settime,
@@ -103,20 +107,51 @@ const FAMILIES: [i32; 4] = [
 /// TIOCSTI, TIOCLINUX: typing into the terminal of whoever started the daemon.
 const TYPING: [u32; 2] = [0x5412, 0x541c];
 
+/// Fails if one of `checks` holds.
+fn not_if(call: c_long, checks: Vec<Check>) -> Rule {
+    Rule {
+        call,
+        verdict: Verdict::Fail(EPERM),
+        if_one_of: checks,
+        otherwise: Verdict::Allow,
+    }
+}
+
+/// Priorities: of the caller, and no policy that can take a processor from everybody else.
+fn priorities() -> [Rule; 4] {
+    let own = || Check::differs(0, 0);
+    let policy =
+        |policy: libc::c_int| Check::masked(1, !(libc::SCHED_RESET_ON_FORK as u32), policy as u32);
+    [
+        not_if(
+            libc::SYS_sched_setscheduler,
+            vec![
+                own(),
+                policy(libc::SCHED_FIFO),
+                policy(libc::SCHED_RR),
+                policy(libc::SCHED_DEADLINE),
+            ],
+        ),
+        not_if(libc::SYS_sched_setparam, vec![own()]),
+        not_if(libc::SYS_sched_setaffinity, vec![own()]),
+        // Which: a process; who: the caller.
+        not_if(libc::SYS_setpriority, vec![own(), Check::differs(1, 0)]),
+    ]
+}
+
 fn rules() -> Vec<Rule> {
     let mut rules: Vec<Rule> = DENIED
         .iter()
         .map(|&call| Rule::always(call, Verdict::Fail(EPERM)))
         .collect();
-    let cut_unwritten = |call, argument| Rule {
-        call,
-        verdict: Verdict::Fail(EPERM),
-        if_one_of: vec![Check {
+    rules.extend(priorities());
+    let cut_unwritten = |call, argument| {
+        let flags = Check::masked(
             argument,
-            mask: (libc::O_TRUNC | libc::O_ACCMODE) as u32,
-            value: (libc::O_TRUNC | libc::O_RDONLY) as u32,
-        }],
-        otherwise: Verdict::Allow,
+            (libc::O_TRUNC | libc::O_ACCMODE) as u32,
+            (libc::O_TRUNC | libc::O_RDONLY) as u32,
+        );
+        not_if(call, vec![flags])
     };
     #[cfg(target_arch = "x86_64")]
     rules.push(cut_unwritten(libc::SYS_open, 1));
@@ -142,12 +177,10 @@ fn rules() -> Vec<Rule> {
                 .collect(),
             otherwise: Verdict::Fail(libc::EAFNOSUPPORT),
         },
-        Rule {
-            call: libc::SYS_ioctl,
-            verdict: Verdict::Fail(EPERM),
-            if_one_of: TYPING.iter().map(|&n| Check::equals(1, n)).collect(),
-            otherwise: Verdict::Allow,
-        },
+        not_if(
+            libc::SYS_ioctl,
+            TYPING.iter().map(|&n| Check::equals(1, n)).collect(),
+        ),
     ]);
     rules
 }

@@ -126,11 +126,7 @@ fn rules(pid: u32) -> Vec<Rule> {
         Rule::always(libc::SYS_clone3, Verdict::Fail(libc::ENOSYS)),
         only_if(
             libc::SYS_clone,
-            vec![Check {
-                argument: 0,
-                mask: THREAD | NAMESPACES,
-                value: THREAD,
-            }],
+            vec![Check::masked(0, THREAD | NAMESPACES, THREAD)],
         ),
         // No memory that can be run, so no code that was not there.
         only_if(libc::SYS_mmap, vec![Check::lacks(2, executable)]),

@@ -259,6 +259,17 @@ fn control_runs_helpers_and_speaks_to_the_net() {
         std::net::UdpSocket::bind("127.0.0.1:0").expect("a resolver's socket");
         std::os::unix::net::UnixStream::pair().expect("a socket pair");
         std::thread::spawn(|| ()).join().expect("a thread");
+        // As control's event loop does it: its own, by itself.
+        // SAFETY: plain system calls.
+        unsafe {
+            let (policy, none) = (libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, [0; 1]);
+            assert_eq!(
+                libc::syscall(libc::SYS_sched_setscheduler, 0, policy, none.as_ptr()),
+                0
+            );
+            let nicer = if libc::geteuid() == 0 { -10 } else { 1 };
+            assert_eq!(libc::setpriority(libc::PRIO_PROCESS, 0, nicer), 0);
+        }
         let output = Command::new("sh")
             .args(["-c", "echo $((6 * 7)) | cat"])
             .output()
@@ -277,7 +288,58 @@ fn what_takes_over_a_host_fails_in_control() {
             || c_int_or_errno(unsafe { libc::syscall(libc::$nr $(, $arg)*) })
         };
     }
-    let doors: [(Door, i32); 19] = [
+    static PRIORITY: [libc::c_int; 2] = [1, 0];
+    let doors: [(Door, i32); 24] = [
+        (
+            (
+                "real time",
+                call!(
+                    SYS_sched_setscheduler,
+                    0,
+                    libc::SCHED_FIFO,
+                    PRIORITY.as_ptr()
+                ),
+            ),
+            libc::EPERM,
+        ),
+        (
+            (
+                "real time until a fork",
+                call!(
+                    SYS_sched_setscheduler,
+                    0,
+                    libc::SCHED_RR | libc::SCHED_RESET_ON_FORK,
+                    PRIORITY.as_ptr()
+                ),
+            ),
+            libc::EPERM,
+        ),
+        (
+            (
+                "the policy of others",
+                call!(
+                    SYS_sched_setscheduler,
+                    libc::getppid(),
+                    libc::SCHED_OTHER,
+                    PRIORITY[1..].as_ptr()
+                ),
+            ),
+            libc::EPERM,
+        ),
+        (
+            (
+                "the priority of others",
+                call!(SYS_setpriority, libc::PRIO_PROCESS, libc::getppid(), 5),
+            ),
+            libc::EPERM,
+        ),
+        (
+            (
+                "the processors of others",
+                call!(SYS_sched_setaffinity, libc::getppid(), 8, PRIORITY.as_ptr()),
+            ),
+            libc::EPERM,
+        ),
         (
             ("cut by name", call!(SYS_truncate, c"/dev/null".as_ptr(), 0)),
             libc::EPERM,
@@ -405,4 +467,22 @@ fn control_keeps_of_its_privileges_those_to_reach_files() {
     }
     assert_eq!(field(&status, "NoNewPrivs"), "1");
     assert_eq!(field(&status, "Seccomp"), "2");
+}
+
+#[test]
+fn a_daemon_of_an_ordinary_user_is_confined_as_well() {
+    let mine = Folder::new("user");
+    let end = as_child(|| {
+        // SAFETY: plain system call; it fails where the tests run as an ordinary user already.
+        unsafe { libc::setresuid(65534, 65534, 65534) };
+        let allowed = [Allowed {
+            path: &mine.0,
+            access: Access::Read,
+        }];
+        let (parts, missing) = confine_daemon(&allowed).expect("confined");
+        assert!(parts.is_whole(), "{missing:?}");
+        assert!(std::fs::read(mine.0.join("file")).is_ok());
+        errno(std::fs::read("/etc/passwd"))
+    });
+    assert_eq!(end, End::Result(i64::from(libc::EACCES)));
 }
