@@ -77,6 +77,12 @@ impl Device {
             .collect()
     }
 
+    /// Whether there should be a worker and is none: it could not be forked, or its time has not come.
+    pub fn lacks_worker(&self) -> bool {
+        let wanted = self.slot.has_mount() && self.rings.iter().any(Ring::is_complete);
+        wanted && !self.slot.is_running()
+    }
+
     /// Forks a worker when there is something to serve and somebody to serve it to.
     fn spawn_if_needed(&mut self) {
         if self.slot.is_running() || !self.slot.has_mount() {

@@ -32,6 +32,7 @@ use session::{MAX_THREADS, Shared};
 use device::Device;
 use frontend::Connection;
 use mount_table::ControlMessage;
+use worker_slot::Pace;
 
 /// What the caller has to do when [`Keeper::run`] returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +58,8 @@ pub struct Options {
 const HEARTBEAT_NS: u64 = 5_000_000_000;
 /// How often heartbeats are looked at, in ms, while a thread of the worker does not sleep.
 const TICK_MS: i32 = 1000;
-/// The same while all of them sleep: a thread that wakes up and hangs is found out a little later.
+/// The same while all of them sleep: a thread that wakes up and hangs is found out a little later. Threads that have
+/// slept for long say when they wake up, and nothing is looked at before.
 const IDLE_TICK_MS: i32 = 5000;
 /// How long an ending keeper waits for a control that it has killed, in ms.
 const CONTROL_END_MS: i32 = 300;
@@ -86,6 +88,7 @@ pub struct Keeper {
     control_due_ns: u64,
     exit_code: Option<i32>,
     post: OwnedFd,
+    awake: OwnedFd,
     wakes: Vec<OwnedFd>,
 }
 
@@ -126,12 +129,14 @@ impl Keeper {
             .map(|_| eventfd())
             .collect::<io::Result<Vec<_>>>()?;
         let post = eventfd()?;
+        let awake = eventfd()?;
         let listener = UnixListener::from(listener);
         listener.set_nonblocking(true)?;
         let slot = worker_slot::WorkerSlot::new(
             shared,
             wakes.iter().map(AsRawFd::as_raw_fd).collect(),
             post.as_raw_fd(),
+            awake.as_raw_fd(),
         );
         process::set_name(c"rafs-keeper");
         process::raise_descriptor_limit();
@@ -147,6 +152,7 @@ impl Keeper {
             control_due_ns: 0,
             exit_code: None,
             post,
+            awake,
             wakes,
         })
     }
@@ -235,34 +241,42 @@ impl Keeper {
         }
     }
 
-    /// When there is something to look after, if nothing happens before, in ms.
+    /// When there is something to look after, if nothing happens before, in ms; -1 is never.
     fn tick_ms(&self) -> i32 {
         let deaf = self
             .control
             .as_ref()
             .is_some_and(|c| c.hung_up_ns.is_some());
-        if deaf || self.device().slot.is_busy() {
-            TICK_MS
-        } else {
-            IDLE_TICK_MS
+        let device = self.device();
+        match device.slot.pace() {
+            _ if deaf || device.lacks_worker() => TICK_MS,
+            Pace::Busy => TICK_MS,
+            Pace::Idle => IDLE_TICK_MS,
+            Pace::Resting => -1,
         }
     }
 
     /// Waits for one batch of events and handles it.
     fn wait(&mut self, now: u64) -> io::Result<()> {
         let mut timeout = self.tick_ms();
+        let mut at_most = |ms: i32| {
+            if timeout < 0 || timeout > ms {
+                timeout = ms;
+            }
+        };
+        let until = |due_ns: u64| (due_ns.saturating_sub(now) / 1_000_000) as i32 + 1;
         if self.control.is_none() {
-            timeout = timeout.min((self.control_due_ns.saturating_sub(now) / 1_000_000) as i32 + 1);
+            at_most(until(self.control_due_ns));
         }
         let partial = self
             .connection
             .as_ref()
             .is_some_and(|c| c.partial_ns.is_some());
         if partial {
-            timeout = timeout.min(2);
+            at_most(2);
         }
         if let Some(due) = self.device().slot.spawn_due_ns() {
-            timeout = timeout.min((due.saturating_sub(now) / 1_000_000) as i32 + 1);
+            at_most(until(due));
         }
         let watch = |fd: Option<RawFd>| libc::pollfd {
             fd: fd.unwrap_or(-1),
@@ -286,6 +300,7 @@ impl Keeper {
             ),
             watch(self.connection.as_ref().map(|c| c.fd).filter(|_| !partial)),
             watch(Some(self.listener.as_raw_fd()).filter(|_| self.connection.is_none())),
+            watch(Some(self.awake.as_raw_fd())),
         ];
         // SAFETY: an array of pollfds that we own.
         let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
@@ -316,6 +331,11 @@ impl Keeper {
         }
         if ready(5) {
             self.accept();
+        }
+        if ready(6) {
+            let mut count = [0u8; 8];
+            // SAFETY: eight bytes from our eventfd into our buffer.
+            unsafe { libc::read(self.awake.as_raw_fd(), count.as_mut_ptr().cast(), 8) };
         }
         self.device().tick(HEARTBEAT_NS);
         self.end_deaf_control();

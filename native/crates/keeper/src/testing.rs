@@ -24,9 +24,9 @@ impl Bench {
     pub fn new() -> Bench {
         let shared: &'static Shared = Box::leak(Box::new(Shared::create().expect("memory")));
         let event = || eventfd().expect("an eventfd");
-        let (wakes, post) = (vec![event(), event()], event());
+        let (wakes, post, awake) = (vec![event(), event()], event(), event());
         let raw = wakes.iter().map(AsRawFd::as_raw_fd).collect();
-        let slot = WorkerSlot::new(shared, raw, post.as_raw_fd());
+        let slot = WorkerSlot::new(shared, raw, post.as_raw_fd(), awake.as_raw_fd());
         // Nobody connects by it.
         let (unused, front) = UnixStream::pair().expect("sockets");
         let mut bench = Bench {
@@ -46,6 +46,7 @@ impl Bench {
                 control_due_ns: 0,
                 exit_code: None,
                 post,
+                awake,
                 wakes,
             },
             front,

@@ -36,6 +36,17 @@ const MIN_PAUSE_NS: u64 = 1_000_000;
 /// Up to here the pause is not made: a few unlucky deaths in a row cost the guest nothing.
 const FREE_PAUSE_NS: u64 = 16_000_000;
 
+/// How often somebody has to look whether the worker hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// A thread does not sleep.
+    Busy,
+    /// All sleep, and wake up without saying so.
+    Idle,
+    /// Nobody runs, or all sleep for good and will say when they wake up.
+    Resting,
+}
+
 struct Running {
     pid: libc::pid_t,
     pidfd: OwnedFd,
@@ -53,6 +64,7 @@ pub struct WorkerSlot {
     running: Option<Running>,
     wakes: Vec<RawFd>,
     post: RawFd,
+    awake: RawFd,
     /// What confines a worker; `None`: nothing.
     sandbox: Option<sandbox::Parts>,
     pause_ns: u64,
@@ -63,7 +75,12 @@ pub struct WorkerSlot {
 
 impl WorkerSlot {
     /// No worker yet.
-    pub fn new(shared: &'static Shared, wakes: Vec<RawFd>, post: RawFd) -> WorkerSlot {
+    pub fn new(
+        shared: &'static Shared,
+        wakes: Vec<RawFd>,
+        post: RawFd,
+        awake: RawFd,
+    ) -> WorkerSlot {
         let seen_progress = vec![(0, 0); wakes.len()];
         WorkerSlot {
             shared,
@@ -71,6 +88,7 @@ impl WorkerSlot {
             running: None,
             wakes,
             post,
+            awake,
             sandbox: None,
             pause_ns: 0,
             due_ns: 0,
@@ -138,10 +156,9 @@ impl WorkerSlot {
             .map(|(spec, file)| (*spec, file.as_raw_fd()))
             .collect();
         for thread in 0..self.wakes.len() {
-            self.shared
-                .thread(thread)
-                .busy_since_ns
-                .store(0, Ordering::Relaxed);
+            let record = self.shared.thread(thread);
+            record.busy_since_ns.store(0, Ordering::Relaxed);
+            record.resting.store(0, Ordering::Relaxed);
         }
         // Not from shared memory, in which a worker may write.
         let parent = std::process::id();
@@ -160,6 +177,7 @@ impl WorkerSlot {
                 channels: theirs.iter().map(AsRawFd::as_raw_fd).collect(),
                 wakes: self.wakes.clone(),
                 post: self.post,
+                awake: self.awake,
             };
             run_child(setup, parent, self.sandbox);
         }
@@ -335,16 +353,20 @@ impl WorkerSlot {
         stuck
     }
 
-    /// Whether a thread of the worker did not sleep when it was looked at just now.
-    pub fn is_busy(&self) -> bool {
-        let busy = |thread| {
-            self.shared
-                .thread(thread)
-                .busy_since_ns
-                .load(Ordering::Relaxed)
-                != 0
+    /// What the worker's threads are doing, as far as is seen just now.
+    pub fn pace(&self) -> Pace {
+        let any = |what: fn(&session::ThreadRecord) -> bool| {
+            (0..self.wakes.len()).any(|thread| what(self.shared.thread(thread)))
         };
-        self.running.is_some() && (0..self.wakes.len()).any(busy)
+        if self.running.is_none() {
+            Pace::Resting
+        } else if any(|thread| thread.busy_since_ns.load(Ordering::Relaxed) != 0) {
+            Pace::Busy
+        } else if any(|thread| thread.resting.load(Ordering::Relaxed) == 0) {
+            Pace::Idle
+        } else {
+            Pace::Resting
+        }
     }
 }
 
@@ -353,6 +375,7 @@ fn run_child(setup: Setup, parent: u32, sandbox: Option<sandbox::Parts>) -> ! {
     let mut keep = vec![
         setup.shared.raw_fd(),
         setup.post,
+        setup.awake,
         setup.mount.bootstrap,
         setup.mount.spill,
     ];

@@ -59,6 +59,8 @@ pub struct SessionRecord {
 pub struct ThreadRecord {
     /// Since when the thread has been busy; 0 while it sleeps. With `progress` this is the heartbeat.
     pub busy_since_ns: AtomicU64,
+    /// 1 while it sleeps without a clock: it tells the keeper when it wakes up.
+    pub resting: AtomicU32,
     /// Grows with every step the thread makes.
     pub progress: AtomicU64,
     pub wakeups: AtomicU64,

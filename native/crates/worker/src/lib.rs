@@ -4,12 +4,13 @@
 //! and the chunk tables, and answers requests; it opens nothing, connects to nothing, and may die at any moment.
 //!
 //! * `channel`: commands from the keeper, one socket per ring thread;
-//! * `thread`: the loop of a ring thread; `commands`: what the keeper tells it;
+//! * `thread`: the loop of a ring thread; `budget`: what it does at a stretch; `commands`: what the keeper tells it;
 //! * `queue`: one ring with its log and its batch;
 //! * `serve`: one request from chain to reply; `ops` answers from metadata, `read` from chunks;
 //! * `parked`: requests that wait for data; `pool`: disk reads that would block;
 //! * `mount`: the image; `spin`: the short wait before a sleep.
 
+mod budget;
 pub mod channel;
 mod commands;
 #[cfg(test)]
@@ -65,6 +66,8 @@ pub struct Setup {
     pub wakes: Vec<RawFd>,
     /// eventfd by which control learns of posts.
     pub post: RawFd,
+    /// eventfd by which the keeper learns that a thread rests no more.
+    pub awake: RawFd,
 }
 
 /// Which ring thread serves a queue: hiprio and the first request queue share thread 0.

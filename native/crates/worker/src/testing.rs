@@ -146,6 +146,7 @@ pub struct Bench {
     theirs: RawFd,
     wake: RawFd,
     post: RawFd,
+    awake: RawFd,
 }
 
 fn eventfd() -> RawFd {
@@ -201,6 +202,7 @@ impl Bench {
             theirs: theirs.into_raw_fd(),
             wake: eventfd(),
             post: eventfd(),
+            awake: eventfd(),
             blobs,
         }
     }
@@ -228,6 +230,7 @@ impl Bench {
             channels: vec![self.theirs],
             wakes: vec![self.wake],
             post: self.post,
+            awake: self.awake,
         });
         let pool = leak(Pool::new(1));
         *self.pool.lock().unwrap() = pool;
@@ -386,6 +389,7 @@ impl Worker {
             channels: vec![bench.theirs],
             wakes: vec![bench.wake],
             post: bench.post,
+            awake: bench.awake,
         });
         self.setup = Box::into_raw(setup);
         // SAFETY: freed by `end` alone, after the thread that borrows it.

@@ -12,6 +12,7 @@ use session::clock::now_ns;
 use session::failpoint::Point;
 use session::inflight::Outstanding;
 
+use crate::budget::{Budget, ROUND_HEADS};
 use crate::mount::Mount;
 use crate::ops::Errno;
 use crate::parked::{ChunkId, Parked, REPOST_NS, TICK_MS};
@@ -21,9 +22,6 @@ use crate::serve::{Head, Server};
 use crate::spin::Spin;
 use crate::{Setup, thread_of};
 
-/// A round takes at most so many heads, or about so many bytes, before answers are published and hiprio has its turn.
-const ROUND_HEADS: usize = 64;
-const ROUND_BYTES: usize = 1 << 20;
 /// Answers are shown to the driver after so many heads or bytes: it works on them while the next are served.
 const SHOW_HEADS: usize = 8;
 const SHOW_BYTES: usize = 64 << 10;
@@ -42,24 +40,6 @@ const TOKEN_CHANNEL: u64 = 1 << 32;
 const TOKEN_WAKE: u64 = 2 << 32;
 const TOKEN_POOL: u64 = 3 << 32;
 
-/// What was served since a round began.
-#[derive(Default)]
-struct Budget {
-    heads: usize,
-    bytes: usize,
-}
-
-impl Budget {
-    fn spend(&mut self, bytes: usize) {
-        self.heads += 1;
-        self.bytes += bytes;
-    }
-
-    fn is_spent(&self) -> bool {
-        self.heads >= ROUND_HEADS || self.bytes >= ROUND_BYTES
-    }
-}
-
 /// One ring thread with its queues.
 pub struct RingThread {
     index: usize,
@@ -69,6 +49,7 @@ pub struct RingThread {
     pub(crate) channel: RawFd,
     wake: RawFd,
     post: RawFd,
+    awake: RawFd,
     pub(crate) next_epoch: u64,
     spin: Spin,
     /// Bytes of answers since a driver was told last.
@@ -105,6 +86,7 @@ impl RingThread {
             channel: setup.channels[index],
             wake: setup.wakes[index],
             post: setup.post,
+            awake: setup.awake,
             next_epoch: 0,
             unsignalled_bytes: 0,
             spin: Spin::new(setup.shared.record().poll_ns.load(Ordering::Relaxed)),
@@ -182,11 +164,16 @@ impl RingThread {
             if n == 0 && timeout == REST_MS {
                 rested = true;
                 self.server.mem.release_pages();
+                thread.resting.store(1, Ordering::Relaxed);
                 continue;
             }
-            rested = false;
             let now = self.set_busy();
             waited_ns = now;
+            if std::mem::take(&mut rested) {
+                // Nobody has looked whether it hangs since.
+                thread.resting.store(0, Ordering::Relaxed);
+                write_event(self.awake);
+            }
             session::add(&thread.wakeups, 1);
             for event in &events[..n as usize] {
                 // Copied: the structure is packed, and rustc 1.85 borrows what it matches on.

@@ -23,7 +23,10 @@ fn eventfd() -> File {
 fn device() -> Device {
     let shared: &'static Shared = Box::leak(Box::new(Shared::create().unwrap()));
     let fd = || std::os::fd::IntoRawFd::into_raw_fd(eventfd());
-    Device::new(shared, WorkerSlot::new(shared, vec![fd(), fd()], fd()))
+    Device::new(
+        shared,
+        WorkerSlot::new(shared, vec![fd(), fd()], fd(), fd()),
+    )
 }
 
 const NO_FLAGS: VhostUserVringAddrFlags = VhostUserVringAddrFlags::empty();
