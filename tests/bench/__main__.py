@@ -16,6 +16,7 @@ from tests.bench.kit.compare import operations, page_command
 from tests.bench.many import many
 from tests.bench.memory import memory
 from tests.bench.planner_model import model
+from tests.bench.races import races
 from tests.bench.start import start
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     """
 
 
-for command in (operations, held, start, memory, cold, fullread, crash, faults, many, model, build):
+for command in (operations, held, races, start, memory, cold, fullread, crash, faults, many, model, build):
     main.add_command(command)
 for command in (callgrind, page_command, docs):
     main.add_command(command)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from guest.kit import ROOT
-from tests.bench import build, cold, start
+from tests.bench import build, cold, races, start
 from tests.bench.figures import Spread, ratios
 from tests.bench.kit import tables
 from tests.bench.kit.results import CaseResult, from_json
@@ -106,6 +106,11 @@ def _held_best(both: Sequence[Mapping[str, Any]]) -> list[str]:
     return markdown([*head, "failed reads"], rows)
 
 
+def _races(results: Any) -> Blocks:
+    rows = [_texts(row, 2) for row in races.rows([races.Start(**each) for each in results])]
+    return {"races": markdown(races.HEAD, rows)}
+
+
 def _latencies(op: Mapping[str, float]) -> str:
     return ", ".join(f"{op[key]:,.0f}" for key in ("p50_us", "p99_us", "p999_us", "max_us"))
 
@@ -178,6 +183,7 @@ def _faults(results: Any) -> Blocks:
 RENDERERS: dict[str, Callable[[Any], Blocks]] = {
     "operations": _operations,
     "held": _held,
+    "races": _races,
     "start": _start,
     "memory": _memory,
     "cold": _cold,

@@ -7,12 +7,15 @@ import random
 import signal
 import socket
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Served, attach, children, run_daemon
+from tests.bench import races
+from tests.integration.conftest import TIMEOUT_S, Served, attach, children, run_daemon
 from virtiofsd_rafs.fuse import Opcode
-from virtiofsd_rafs.native.frontend import Frontend
+from virtiofsd_rafs.native.frontend import HIPRIO, Frontend, Load, Op, Target
 from virtiofsd_rafs.native.frontend_link import Region
 from virtiofsd_rafs.native.session import Session
 
@@ -68,6 +71,80 @@ def test_the_worker_dies_while_it_stops(start) -> None:
     fault.release()
     served.fe.resume(bases)
     served.collect(waiting)
+    served.check_ring()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same-base", "used-index"])
+def test_64_parked_requests_are_answered_once_after_a_restart(start, again: bool) -> None:
+    """Each waits for a chunk of its own, and the remote is dead while the ring is stopped.
+
+    A VMM that goes on at the used index (QEMU does when it was not told the base) offers them once more: the
+    ring is another one then, what was parked belongs to nobody, and the requests are taken from it anew.
+    """
+    served: Served = start(queue_size=256)
+    fault = served.sim.fault("hold", where="blob")
+    waiting = [served.submit_read("big", 65536 * chunk, 4096) for chunk in range(64)]
+    served.wait_for(lambda: served.parked() == 64)
+    bases = served.fe.stop()
+    info = served.fe.queue_info(1)
+    assert bases[1] == info.avail_idx == info.used_idx + 64
+    served.check_ring()
+    served.fe.resume([info.used_idx if again and queue == 1 else base for queue, base in enumerate(bases)])
+    served.wait_for(lambda: served.parked() == 64)
+    fault.release()
+    served.collect(waiting)
+    info = served.fe.queue_info(1)
+    assert info.used_idx == info.avail_idx == bases[1]
+    served.check_ring()
+
+
+def test_a_million_forgets_beside_requests_that_wait(start) -> None:
+    """They only need their buffers back, which they get though 64 requests wait in the other queue."""
+    served: Served = start(queue_size=256)
+    node = served.node("f001")
+    fault = served.sim.fault("hold", where="blob")
+    waiting = [served.submit_read("big", 65536 * chunk, 4096) for chunk in range(64)]
+    served.wait_for(lambda: served.parked() == 64)
+    result = served.fe.load(
+        Load([Op("forget", [Target(node)])], depth=128, count=1_000_000, queues=(HIPRIO,), canaries=False)
+    )
+    assert (result.total.count, result.lost, result.faults) == (1_000_000, 0, {})
+    assert served.parked() == 64
+    fault.release()
+    served.collect(waiting)
+    served.check_ring()
+
+
+def test_starts_whose_first_request_races_the_ring(made_image) -> None:
+    """At each moment of a start, in each VMM's order; three of them at a process that has just begun."""
+    done = races.run(races.keeping("rafs", made_image.out / "image.boot", made_image.out), 50, 3, TIMEOUT_S)
+    assert [each for each in done if each.answer_ms is None or each.faults] == []
+    assert sum(each.fresh for each in done) == 3
+    assert len({(each.vmm, each.when) for each in done}) == len(races.VMMS) * len(races.WHENS)
+
+
+def test_idle_processes_sleep(start) -> None:
+    """Once a load is over nobody is woken: no clock of worker or keeper goes on, but for a look 3 s later."""
+    served: Served = start()
+    served.collect(served.random_reads(random.Random(10)))
+    keeper, worker = served.daemon.process.pid, served.worker()["pid"]
+
+    def sleeps() -> dict[str, int]:
+        found = {}
+        for task in (task for pid in (keeper, worker) for task in Path(f"/proc/{pid}/task").iterdir()):
+            status = (task / "status").read_text()
+            found[task.name] = int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+        return found
+
+    def rests(seconds: float) -> bool:
+        before = sleeps()
+        time.sleep(seconds)
+        return sleeps() == before
+
+    served.wait_for(lambda: rests(0.5))
+    # Longer than any clock that they have, or had.
+    served.wait_for(lambda: rests(6))
+    served.collect(served.random_reads(random.Random(11)))
     served.check_ring()
 
 
