@@ -168,6 +168,12 @@ impl WorkerSlot {
             return Err(io::Error::last_os_error());
         }
         if pid == 0 {
+            // Before it serves anything: a worker that answers is known by its number.
+            let record = self.shared.record();
+            record
+                .worker_pid
+                .store(std::process::id(), Ordering::Relaxed);
+            record.worker_generation.fetch_add(1, Ordering::Relaxed);
             let setup = Setup {
                 shared: self.shared,
                 regions,
@@ -182,8 +188,6 @@ impl WorkerSlot {
             run_child(setup, parent, self.sandbox);
         }
         let record = self.shared.record();
-        record.worker_pid.store(pid as u32, Ordering::Relaxed);
-        record.worker_generation.fetch_add(1, Ordering::Relaxed);
         let pidfd = process::pidfd(pid).inspect_err(|_| {
             // One that cannot be watched must not serve beside the next.
             process::kill_and_reap(pid);
