@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import click
 
 from tests.bench.figures import percentile, print_table
-from virtiofsd_rafs.runtime.control import loop_first
+from virtiofsd_rafs.runtime.scheduling import loop_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -17,6 +17,7 @@ from tests.integration.conftest import Served, children, kill, run_daemon
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.frontend_link import Region
 from virtiofsd_rafs.native.session import HANG, Session
+from virtiofsd_rafs.runtime.scheduling import LOOP_NICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,3 +177,25 @@ def test_a_signal_ends_it_in_any_state(start, state: str) -> None:
     served.daemon.process.send_signal(signal.SIGTERM)
     assert served.daemon.wait_end() == 0
     assert not served.daemon.socket.exists()
+
+
+def test_only_the_event_loop_of_control_has_a_preference(start) -> None:
+    served = start()
+    pids = {role: process["pid"] for role, process in served.daemon.status()["processes"].items()}
+    nice = {
+        role: {int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in tasks}
+        for role, tasks in ((role, list(Path(f"/proc/{pid}/task").iterdir())) for role, pid in pids.items())
+    }
+    assert nice["control"].pop(pids["control"]) == (LOOP_NICE if may_be_preferred() else 0)
+    assert {value for values in nice.values() for value in values.values()} == {0}
+
+
+def may_be_preferred() -> bool:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.nice(LOOP_NICE)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0

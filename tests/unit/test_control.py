@@ -23,8 +23,8 @@ import pytest
 from tests.sim.images import MadeImage, make_image
 from tests.sim.registry import Auth, RegistrySimulator
 from virtiofsd_rafs.cli._api import UnixConnection, fetch_json
-from virtiofsd_rafs.runtime.control import LOOP_NICE
 from virtiofsd_rafs.runtime.mount import FATAL, FRONTEND, MOUNT_BEGIN, MOUNT_BLOB, MOUNT_COMMIT, SHUTDOWN
+from virtiofsd_rafs.runtime.scheduling import LOOP_NICE
 
 ROOT = Path(__file__).parents[2]
 HANG_S = 60.0
@@ -214,7 +214,7 @@ def test_the_event_loop_runs_before_what_computes(image: MadeImage, tmp_path: Pa
 def test_who_started_it_nicely_meant_it() -> None:
     code = """
 import os, sys
-from virtiofsd_rafs.runtime.control import loop_first
+from virtiofsd_rafs.runtime.scheduling import loop_first
 os.nice(3)
 loop_first()
 print(os.nice(0))

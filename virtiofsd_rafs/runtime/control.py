@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import resource
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
 from virtiofsd_rafs.config import IN_CONFIG_FILE
 from virtiofsd_rafs.errors import ConfigError, VirtiofsdRafsError
+from virtiofsd_rafs.runtime import scheduling
 from virtiofsd_rafs.runtime.mount import (
     FATAL,
     FRONTEND,
@@ -45,11 +45,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-# Of the event loop, where that is allowed (docs/adr/0013-event-loop-first.md).
-LOOP_NICE = -10
-# A thread that runs Python lets the event loop in after this long, not after 5 ms.
-_SWITCH_S = 0.001
 
 # With a warm cache, a source that nobody has needed is opened then. What it imports takes a tenth of a second
 # of processor time, which the VM is to have while it starts.
@@ -94,22 +89,6 @@ def _raise_nofile() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def loop_first() -> None:
-    """Lets the calling thread, which becomes the event loop, run before what computes.
-
-    Posts, plans and answers take tenths of a millisecond each and are waited for, by a guest or by a
-    supervisor; on a host whose processors are all busy they would take their turn behind decoding, workers
-    and VMs. Threads and processes that are started from here are as others again. A daemon that was
-    started with another nice value keeps it.
-    """
-    sys.setswitchinterval(_SWITCH_S)
-    if os.getpriority(os.PRIO_PROCESS, 0) != 0:
-        return
-    with contextlib.suppress(OSError):  # without CAP_SYS_NICE or RLIMIT_NICE there is no preference
-        os.setpriority(os.PRIO_PROCESS, 0, LOOP_NICE)
-        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[None, None, T]) -> T | None:
@@ -158,7 +137,7 @@ class _Control:
             mounted = mounter.warm()
         import asyncio
 
-        loop_first()
+        scheduling.loop_first()
         return asyncio.run(self._serve(mounter, mounted))
 
     async def _serve(self, mounter: Mounter, mounted: Mounted | None) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from virtiofsd_rafs import sockets
 from virtiofsd_rafs.errors import SocketSetupError, VirtiofsdRafsError
 from virtiofsd_rafs.native.session import ForkControl, Session
+from virtiofsd_rafs.runtime import scheduling
 from virtiofsd_rafs.runtime.environment import hide_secrets, reveal_secrets
 from virtiofsd_rafs.runtime.sandbox import Confined, confine
 
@@ -32,6 +33,7 @@ def serve(config: ServeConfig) -> int:
         paths.append(config.api_socket)
         sockets.drop()
         renewed, environment = os.memfd_create("rafs-renewed", os.MFD_CLOEXEC), hide_secrets()
+        preferred = scheduling.prefer_next_child()
         confined = confine(config)
         private = _Private(api, renewed, environment, confined)
         session = Session.create(
@@ -42,7 +44,7 @@ def serve(config: ServeConfig) -> int:
         )
         if confined is not None:
             session.confine_workers(confined.parts)
-        return _run(session, private, config)
+        return _run(session, private, config, preferred=preferred)
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
@@ -59,7 +61,7 @@ class _Private(NamedTuple):
     confined: Confined | None
 
 
-def _run(session: Session, private: _Private, config: ServeConfig) -> int:
+def _run(session: Session, private: _Private, config: ServeConfig, *, preferred: bool) -> int:
     while True:
         event = session.run()
         if not isinstance(event, ForkControl):
@@ -67,6 +69,9 @@ def _run(session: Session, private: _Private, config: ServeConfig) -> int:
         pid = os.fork()
         if pid == 0:
             os._exit(_control(session, event.fd, private, config))
+        if preferred:
+            scheduling.as_others()
+            preferred = False
         os.close(event.fd)
         session.control_started(pid)
 
