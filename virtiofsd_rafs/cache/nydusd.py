@@ -6,7 +6,7 @@ The record (``.blob.data.chunk_map``) is the store's work (crate ``chunk-store``
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from virtiofsd_rafs.cache import inventory as inv
 from virtiofsd_rafs.errors import CacheError
@@ -15,7 +15,7 @@ from virtiofsd_rafs.errors import CacheError
 MAX_META_LEN = (24 << 24) + 8192
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
@@ -41,11 +41,18 @@ def read_meta(folder: Path | None, blob_id: str) -> bytes | None:
     return data if len(data) <= MAX_META_LEN else None
 
 
-def check_unused(folder: Path, blob_ids: Iterable[str]) -> None:
-    """Raises CacheError when a nydusd has files open that we share with it.
+class Used(NamedTuple):
+    """A file that a nydusd has open."""
 
-    It takes no lock, and writes what it has not verified where we have verified. Only blobs with its record
-    and our states can be meant: what it alone has is left alone (docs/adr/0008-eviction.md).
+    pid: int
+    path: Path
+
+
+def users(folder: Path, blob_ids: Iterable[str]) -> Iterator[Used]:
+    """Each nydusd that has files of these blobs open that we share with it.
+
+    Only blobs with its record and our states can be meant: what it alone has is left alone
+    (docs/adr/0008-eviction.md). Sees nothing from inside a sandbox.
     """
     shared = [
         folder / (blob_id + inv.DATA_SUFFIX)
@@ -55,6 +62,18 @@ def check_unused(folder: Path, blob_ids: Iterable[str]) -> None:
     ]
     for pid, path in inv.users_of(shared):
         if _command(pid).startswith("nydusd"):
+            yield Used(pid, path)
+
+
+def check_unused(folder: Path, blob_ids: Iterable[str], seen: Iterable[Used] | None = None) -> None:
+    """Raises CacheError when a nydusd has files of these blobs open that we share with it.
+
+    It takes no lock, and writes what it has not verified where we have verified. *seen* is what :func:`users`
+    told before this process was confined.
+    """
+    paths = {folder / (blob_id + inv.DATA_SUFFIX) for blob_id in blob_ids}
+    for pid, path in users(folder, blob_ids) if seen is None else seen:
+        if path in paths:
             raise CacheError(
                 f"nydusd (pid {pid}) uses {path}",
                 remedy="end it first, or give another --cache-dir: both at once damage what is stored",

@@ -130,7 +130,8 @@ class _Control:
         self._closing: set[asyncio.Task[None]] = set()
 
     def run(self) -> int:
-        mounter = Mounter(self._keeper, self._config)
+        foreign = None if self._confined is None else self._confined.foreign
+        mounter = Mounter(self._keeper, self._config, foreign)
         fds = self._session.mount_fds(MOUNT_INDEX)
         mounted = mounter.adopt(fds) if fds is not None else None
         if mounted is None:

@@ -26,10 +26,11 @@ from virtiofsd_rafs.image.resolve import ResolvedImage, resolve_image
 from virtiofsd_rafs.native.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
     from mmap import mmap
 
     from virtiofsd_rafs.backends.base import BlobSource, Renewable
+    from virtiofsd_rafs.cache.nydusd import Used
     from virtiofsd_rafs.config import Pull, ServeConfig
     from virtiofsd_rafs.native.session import MountFds
     from virtiofsd_rafs.native.store import BlobInfo
@@ -153,11 +154,17 @@ def _finish_now(work: Coroutine[None, None, ResolvedImage]) -> ResolvedImage:
 
 
 class Mounter:
-    """Finds *config*'s image and hands it to *keeper*."""
+    """Finds *config*'s image and hands it to *keeper*.
 
-    def __init__(self, keeper: socket.socket, config: ServeConfig) -> None:
+    *foreign* is what nydusds had open before this process was confined; None: it is not, and looks itself.
+    """
+
+    def __init__(
+        self, keeper: socket.socket, config: ServeConfig, foreign: Iterable[Used] | None = None
+    ) -> None:
         self._keeper = keeper
         self._config = config
+        self._foreign = foreign
         self._cache_dir = usable_cache(config.cache_dir)
 
     def warm(self) -> Mounted | None:
@@ -296,7 +303,7 @@ class Mounter:
             return  # nearly always, and then nothing is imported
         from virtiofsd_rafs.cache.nydusd import check_unused
 
-        check_unused(folder, blob_ids)
+        check_unused(folder, blob_ids, self._foreign)
 
     def _write_metas(self, image: ResolvedImage, blobs: list[BlobInfo], cache_dir: Path) -> None:
         from virtiofsd_rafs.cache.nydusd import write_meta

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from virtiofsd_rafs.cache.nydusd import Used
     from virtiofsd_rafs.config import ServeConfig
 
 Allowed = tuple[bytes, str]
+# nydusd's record beside a blob (cache/inventory.py, RECORD_SUFFIX).
+_RECORD = ".blob.data.chunk_map"
 
 _RUN = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/gnu/store")
 # The resolver's files may be replaced while we run, so the folders that hold them.
@@ -59,13 +62,17 @@ _NEVER_WHOLE = ("/", "/home", "/root", "/run", "/tmp", "/var")  # noqa: S108  (n
 
 
 class Confined:
-    """The sandbox that is in force: its mode, and ``parts`` of :func:`native.sandbox.confine`."""
+    """The sandbox that is in force: its mode, and ``parts`` of :func:`native.sandbox.confine`.
 
-    __slots__ = ("mode", "parts")
+    ``foreign`` is what nydusds had open before: from inside, descriptors of others cannot be looked at.
+    """
 
-    def __init__(self, mode: str, parts: int) -> None:
+    __slots__ = ("foreign", "mode", "parts")
+
+    def __init__(self, mode: str, parts: int, foreign: tuple[Used, ...]) -> None:
         self.mode = mode
         self.parts = parts
+        self.foreign = foreign
 
     def status(self) -> dict[str, Any]:
         """For the status."""
@@ -87,6 +94,7 @@ def confine(config: ServeConfig) -> Confined | None:
     if strict and not sandbox.is_whole(sandbox.available()):
         raise SandboxError(f"--sandbox strict: {_missing(sandbox.available())}", remedy=_REMEDY)
     _make_cache_dir(config)
+    foreign = _used_by_nydusd(config)
     try:
         parts, why = sandbox.confine(list(allowed(config)))
     except VirtiofsdRafsError as e:
@@ -96,7 +104,7 @@ def confine(config: ServeConfig) -> Confined | None:
         if strict:
             raise SandboxError(f"--sandbox strict: {text}", remedy=_REMEDY)
         print(f"virtiofsd-rafs: warning: the sandbox is not complete: {text}", file=sys.stderr, flush=True)
-    return Confined(config.sandbox, parts)
+    return Confined(config.sandbox, parts, foreign)
 
 
 _REMEDY = (
@@ -110,6 +118,20 @@ def _missing(parts: int) -> str:
     if not sandbox.landlock_abi(parts):
         missing.append("Landlock")
     return f"the kernel lacks {' and '.join(missing)}"
+
+
+def _used_by_nydusd(config: ServeConfig) -> tuple[Used, ...]:
+    """What nydusds have open of the files in the cache that both know."""
+    try:
+        names = () if config.cache_dir is None else os.listdir(config.cache_dir)
+    except OSError:
+        return ()
+    shared = [name.removesuffix(_RECORD) for name in names if name.endswith(_RECORD)]
+    if not shared or config.cache_dir is None:
+        return ()  # nearly always, and then nothing is imported
+    from virtiofsd_rafs.cache.nydusd import users
+
+    return tuple(users(config.cache_dir, shared))
 
 
 def _make_cache_dir(config: ServeConfig) -> None:
