@@ -8,10 +8,12 @@ read properly, ``serve`` takes them over (:func:`take`), and what it does not ta
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import stat
+import time
 
 from virtiofsd_rafs.errors import TYPE_CHECKING, SocketSetupError
 
@@ -29,6 +31,10 @@ _OPTIONS = {
     "--socket-path": "VIRTIOFSD_RAFS_SERVE_SOCKET_PATH",
     "--api-socket": "VIRTIOFSD_RAFS_SERVE_API_SOCKET",
 }
+
+# Others that bind in the same folder are waited for, but not for long: anybody may hold the lock of a folder.
+_LOCK_TRIES = 100
+_LOCK_PAUSE_S = 0.001
 
 _early: dict[str, socket.socket] = {}
 
@@ -49,16 +55,45 @@ def bind_socket(path: str | os.PathLike[str], *, mode: int) -> socket.socket:
         raise SocketSetupError(
             f"{path}: a socket path has at most {_MAX_SOCKET_PATH} bytes", remedy="use a shorter path"
         )
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old_umask = os.umask(0o777 & ~mode)
+    lock = _lock(os.path.dirname(path) or ".")
+    try:
+        return _bind(path, mode)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: str) -> int | None:
+    """A descriptor with the lock of *folder*, without which two daemons may both remove what is stale."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+        except OSError:
+            break
+    return fd
+
+
+def _bind(path: str, mode: int) -> socket.socket:
     # Whoever waits for the name to appear connects at once: it must not be there before somebody listens.
     new = path + ".new"
+    for each in (path, new):
+        _remove_stale(each)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old_umask = os.umask(0o777 & ~mode)
     try:
-        _unlink(new)
         sock.bind(new)
-        sock.listen(16)
-        os.rename(new, path)
+        try:
+            sock.listen(16)
+            os.link(new, path)  # unlike a rename, it takes nobody's place
+        finally:
+            _unlink(new)
     except OSError as e:
         sock.close()
         raise SocketSetupError(
@@ -86,11 +121,14 @@ def _remove_stale(path: str) -> None:
     if not is_socket:
         raise SocketSetupError(f"{path}: is there and is no socket", remedy="remove it, or name another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             _unlink(path)
             return
+        except BlockingIOError:
+            pass  # who listens has no room for another one
         except OSError as e:
             raise SocketSetupError(f"{path}: {e.strerror}") from e
     raise SocketSetupError(f"{path}: another process listens there", remedy="end it, or name another path")

@@ -24,6 +24,7 @@ ALLOWED = {
     *("virtiofsd_rafs", "virtiofsd_rafs.__main__", "virtiofsd_rafs.errors", "virtiofsd_rafs.sockets"),
     *("__future__", "collections", "collections.abc", "enum", "errno", "functools", "itertools", "keyword"),
     *("math", "operator", "reprlib", "types", "array", "select", "selectors", "signal", "socket"),
+    *("fcntl", "time"),
     *("_collections", "_functools", "_operator", "_socket"),
 }
 # Tells what was imported when the first socket is bound, and ends.
@@ -172,3 +173,89 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "l").symlink_to("nowhere")
     with pytest.raises(SocketSetupError, match="is no socket"):
         sockets.bind_socket(tmp_path / "l", mode=0o600)
+    (tmp_path / "g.new").write_text("of the user")
+    with pytest.raises(SocketSetupError, match=r"g\.new: is there and is no socket"):
+        sockets.bind_socket(tmp_path / "g", mode=0o600)
+    assert (tmp_path / "g.new").read_text() == "of the user"
+
+
+def test_who_listens_and_does_not_accept_is_not_waited_for(tmp_path: Path) -> None:
+    """Signals are blocked by then: nothing but SIGKILL would end the waiting."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as first:
+        busy.bind(path)
+        busy.listen(0)
+        first.connect(path)
+        command = [sys.executable, "-m", "virtiofsd_rafs", "serve", "no.boot", "--socket-path", path]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == SocketSetupError.exit_code
+    assert "another process listens there" in done.stderr
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_nobody_who_was_quicker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "s")
+    listen = socket.socket.listen
+    with socket.socket(socket.AF_UNIX) as other:
+
+        def late(self: socket.socket, backlog: int) -> None:
+            other.bind(path)
+            listen(other, 1)
+            listen(self, backlog)
+
+        monkeypatch.setattr(socket.socket, "listen", late)
+        with pytest.raises(SocketSetupError, match="File exists"):
+            sockets.bind_socket(path, mode=0o600)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            other.accept()[0].close()
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_one_of_many_that_start_over_what_is_stale_wins(tmp_path: Path) -> None:
+    """And it is the one who is reached."""
+    path = str(tmp_path / "s")
+    code = """
+import sys
+from virtiofsd_rafs import sockets
+from virtiofsd_rafs.errors import SocketSetupError
+sys.stdin.readline()
+try:
+    sock = sockets.bind_socket(sys.argv[1], mode=0o600)
+except SocketSetupError:
+    print("lost", flush=True)
+else:
+    print("won", flush=True)
+    while True:
+        try:
+            sock.accept()[0].sendall(b"here")
+        except OSError:
+            pass  # one of the others who looked
+"""
+    for _ in range(5):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+        many = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, path],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        for each in many:
+            assert each.stdin is not None
+            each.stdin.write("\n")
+            each.stdin.flush()
+        said = [each.stdout.readline() for each in many if each.stdout is not None]
+        assert sorted(said) == ["lost\n", "lost\n", "lost\n", "won\n"]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(HANG_S)
+            client.connect(path)
+            assert client.recv(4) == b"here"
+        for each in many:
+            each.kill()
+            each.communicate(timeout=HANG_S)
+        os.unlink(path)
