@@ -42,6 +42,20 @@ SILENT = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 NUMBERS = (0, 1, 2, 7, 64, 255, 1024, 0x1000, 0xFFFF, 0x10000, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 64) - 1)
 
 
+def dial(s: socket.socket, path: Path) -> None:
+    """Connects. Those who have gone stand in the queue before us until the daemon has seen them all."""
+    s.settimeout(WAIT_S)
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            s.connect(str(path))
+        except BlockingIOError:
+            assert time.monotonic() < end, "the queue does not move"
+            time.sleep(0.01)
+        else:
+            return
+
+
 @attrs.define
 class Victim:
     """A daemon that goes on listening, and what it is asked for in between."""
@@ -82,8 +96,7 @@ class Victim:
         """What the API answers to *data* until it closes the connection or is silent."""
         answer = b""
         with socket.socket(socket.AF_UNIX) as s, suppress(ConnectionError, BrokenPipeError):
-            s.settimeout(WAIT_S)
-            s.connect(str(self.daemon.api_socket))
+            dial(s, self.daemon.api_socket)
             s.sendall(data)
             while select.select([s], [], [], WAIT_S if not answer else 0.02)[0]:
                 piece = s.recv(65536)
@@ -135,8 +148,7 @@ def test_messages(victim: Victim) -> None:
 def _messages(victim: Victim, files: list[int]) -> None:
     rng = victim.rng
     with socket.socket(socket.AF_UNIX) as s, suppress(ConnectionError, TimeoutError):
-        s.settimeout(WAIT_S)
-        s.connect(str(victim.daemon.socket))
+        dial(s, victim.daemon.socket)
         for _ in range(rng.randrange(1, 60)):
             request = rng.choice(list(Request)) if rng.random() < 0.9 else victim.number() & 0xFFFFFFFF
             words = [victim.number() for _ in range(rng.randrange(9))]
@@ -298,7 +310,7 @@ def test_http(victim: Victim) -> None:
         if length > len(body):
             # Nothing more comes, and nobody has to wait for it.
             with socket.socket(socket.AF_UNIX) as s:
-                s.connect(str(victim.daemon.api_socket))
+                dial(s, victim.daemon.api_socket)
                 with suppress(BrokenPipeError, ConnectionError):
                     s.sendall(data)
             return
@@ -311,7 +323,7 @@ def test_http(victim: Victim) -> None:
     for fields in (b"Content-Length: 100", b"Transfer-Encoding: chunked"):
         # A body that ends too early, and one that is none.
         with socket.socket(socket.AF_UNIX) as s:
-            s.connect(str(victim.daemon.api_socket))
+            dial(s, victim.daemon.api_socket)
             s.sendall(b"PUT /api/v1/config?id=/ HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\nzz\r\n")
     again(victim, one)
     assert SECRET.decode() not in victim.daemon.log.read_text(errors="replace")
