@@ -29,6 +29,7 @@ class Check:
         says: What it says there, in short.
         body: Called with a ``Subject``, and with *arguments*.
         fresh: Needs a back-end of its own, which has cached nothing.
+        family: The title with dots for what differs from its siblings, which share all else but arguments.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Check:
     body: Body
     arguments: dict[str, Any] = attrs.field(factory=dict)
     fresh: bool = False
+    family: str = ""
 
     @property
     def area(self) -> str:
@@ -78,8 +80,9 @@ def checks(
     """
 
     def take(body: Body) -> Body:
+        family = title.format("…")
         for key, value in cases.items():
-            case = Check(prefix + key, title.format(key), source, says, body, {"case": value}, fresh)
+            case = Check(prefix + key, title.format(key), source, says, body, {"case": value}, fresh, family)
             declare(case)
         return body
 

@@ -57,7 +57,7 @@ def _used_length_error(subject: Subject) -> None:
     says="A buffer without a device-writable part cannot have bytes written.",
 )
 def _used_length_forget(subject: Subject) -> None:
-    with subject.vm(strict=True) as vm:
+    with subject.vm() as vm:
         for name in vm.tree.small[:8]:
             reply = vm.fe.forget(vm.node(name))
             ensure(reply.used_len == 0, f"FORGET has the used length {reply.used_len}")

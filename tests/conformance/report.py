@@ -114,7 +114,12 @@ def _groups(checks: list[Check], results: list[Result]) -> list[list[Check]]:
     groups: list[list[Check]] = []
     for check in checks:
         last = groups[-1][-1] if groups else None
-        if last and last.body is check.body and _words(last, results) == _words(check, results):
+        if (
+            last
+            and check.family
+            and last.family == check.family
+            and _words(last, results) == _words(check, results)
+        ):
             groups[-1].append(check)
         else:
             groups.append([check])
@@ -129,24 +134,11 @@ def _words(check: Check, results: list[Result]) -> list[str]:
 def _row(group: list[Check], results: list[Result]) -> str:
     first, last = group[0], group[-1]
     name = f"`{first.id}`" if first is last else f"`{first.id}` … `{last.id}` ({len(group)})"
-    what = first.title if first is last else _family(group)
+    what = first.title if first is last else first.family
     cells = _words(first, results)
     return f"| {name} | {_escape(what)}. {_escape(first.source)}: *{_escape(first.says)}* | " + (
         " | ".join(cells) + " |"
     )
-
-
-def _family(group: list[Check]) -> str:
-    """The title of the group's checks, with dots for what differs."""
-    a, b = group[0].title, group[-1].title
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    start = len(a[:start].rpartition(" ")[0])
-    rest = 0
-    while rest < min(len(a), len(b)) - start and a[-1 - rest] == b[-1 - rest]:
-        rest += 1
-    tail = a[len(a) - rest :]
-    tail = tail[tail.find(" ") :] if " " in tail else ""
-    return f"{a[:start]} …{tail}"
 
 
 def _cell(verdict: Verdict) -> str:
