@@ -24,7 +24,7 @@ from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.sandbox import available, landlock_abi
 from virtiofsd_rafs.native.session import BREAK_OUT, Session
 from virtiofsd_rafs.runtime import sandbox
-from virtiofsd_rafs.runtime.control import LOOP_NICE
+from virtiofsd_rafs.runtime.scheduling import LOOP_NICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
