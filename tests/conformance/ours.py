@@ -51,17 +51,19 @@ class Ours(Subject):
 
     def __init__(self, tree: Tree, out: Path, work: Path, *options: str) -> None:
         self.tree = tree
-        self._stack = ExitStack()
-        work.mkdir(parents=True, exist_ok=True)
-        self.registry = self._stack.enter_context(RegistrySimulator())
-        self.registry.store.add_build("app", "1", out)
-        arguments = ["--plain-http", "--cache-dir", str(work / "cache"), "--keep", *options]
-        image = f"{self.registry.host}/app:1"
-        self.daemon = self._stack.enter_context(Daemon(image, work, work / "log", arguments))
-        self.daemon.wait_ready(60)
-        self._session = _attach(self.daemon.process.pid)
-        self._crashes = self._count()
-        self._log_read = 0
+        with ExitStack() as stack:
+            work.mkdir(parents=True, exist_ok=True)
+            self.registry = stack.enter_context(RegistrySimulator())
+            self.registry.store.add_build("app", "1", out)
+            arguments = ["--plain-http", "--cache-dir", str(work / "cache"), "--keep", *options]
+            image = f"{self.registry.host}/app:1"
+            self.daemon = stack.enter_context(Daemon(image, work, work / "log", arguments))
+            self.daemon.wait_ready(60)
+            self._session = _attach(self.daemon.process.pid)
+            self._crashes = self._count()
+            self._log_read = 0
+            # Nothing is left behind when it does not come so far.
+            self._stack = stack.pop_all()
 
     def _count(self) -> int:
         return int(self._session.status()["processes"]["worker"]["crashes"])
