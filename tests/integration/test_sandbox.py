@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from guest.daemon import PROGRAM
+from guest.daemon import PROGRAM, Daemon
 from tests.integration.conftest import run_daemon
 from tests.sim import lesser_kernel
 from tests.sim.gate import Auth
+from virtiofsd_rafs.image.build import BOOTSTRAP_NAME
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.sandbox import available, landlock_abi
 from virtiofsd_rafs.native.session import BREAK_OUT, Session
@@ -257,3 +258,24 @@ def test_homes_and_sockets_folders_stay_closed(tmp_path: Path, monkeypatch: pyte
         for path, access in allowed.items()
         if access == b"w" and str(tmp_path) in path and str(home) not in path
     ] == [str(tmp_path / "cache")]
+
+
+def test_blobs_may_be_links_to_another_folder(made_image: MadeImage, short_dir: Path) -> None:
+    """As stores make them that share blobs between images."""
+    folder, store = short_dir / "blobs", short_dir / "store"
+    folder.mkdir()
+    store.mkdir()
+    for path in made_image.out.iterdir():
+        if path.name != BOOTSTRAP_NAME:
+            (store / path.name).write_bytes(path.read_bytes())
+            (folder / path.name).symlink_to(store / path.name)
+    bootstrap = short_dir / "image" / "image.boot"
+    bootstrap.parent.mkdir()
+    bootstrap.write_bytes((made_image.out / BOOTSTRAP_NAME).read_bytes())
+    options = ["--blob-dir", str(folder), "--cache-dir", str(short_dir / "cache"), "--io-deadline", "10"]
+    with Daemon(str(bootstrap), short_dir, short_dir / "log", options) as daemon:
+        daemon.wait_ready()
+        with Frontend.connect(daemon.socket) as fe:
+            fe.start()
+            fe.init()
+            assert fe.read(fe.resolve("f003").nodeid, 0, 4096) == made_image.files["f003"][:4096]

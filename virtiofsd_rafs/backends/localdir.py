@@ -185,7 +185,7 @@ def _open_regular(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as e:
-        raise AuthError(f"{path} may not be read", remedy="mend its permissions") from e
+        raise AuthError(f"{path} may not be read", remedy="mend its permissions, or --sandbox-allow") from e
     except OSError as e:
         raise Unreachable(f"{path} cannot be opened: {e.strerror}") from e
     if not stat.S_ISREG(os.fstat(fd).st_mode):

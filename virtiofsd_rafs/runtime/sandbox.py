@@ -16,6 +16,7 @@ from virtiofsd_rafs.native.sandbox import READ, REMOVE, RUN, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from typing import Any
 
     from virtiofsd_rafs.cache.nydusd import Used
@@ -184,6 +185,18 @@ def _configured(config: ServeConfig) -> Iterator[str]:
     ):
         if path is not None:
             yield str(path)
+            yield from _links_in(path)
+
+
+def _links_in(path: Path) -> Iterator[str]:
+    """Where the links in a folder point to now, if it is one: blobs may be kept elsewhere."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    yield os.path.realpath(entry.path)
+    except OSError:
+        return
 
 
 def _named_by_variables() -> Iterator[str]:
