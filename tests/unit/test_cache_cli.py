@@ -145,6 +145,18 @@ def test_images_from_bootstrap_files_keep_their_blobs(
     assert stems(folder) == set()
 
 
+@pytest.mark.usefixtures("cached")
+def test_a_bootstrap_file_that_is_something_else_by_now(folder: Path, images: dict[str, MadeImage]) -> None:
+    """It is told, and the others are looked after."""
+    file = images["local"].folder / "image.boot"
+    ContentStore(folder).remember_file(str(file), [images["local"].blob_id])
+    file.write_bytes(b"something else" * 500)
+    (problem,) = run_json(folder, "verify")["problems"]
+    assert problem.startswith(f"{file}: bad image")
+    assert set(run_json(folder, "export")["blobs"]) == {images[name].blob_id for name in ("old", "new")}
+    run(folder, "export", "--bootstrap", str(file), code=1)
+
+
 def test_gc_by_age_and_by_size(cached: list[str], folder: Path, images: dict[str, MadeImage]) -> None:
     done = run_json(folder, "gc", "--older-than", "30d")
     assert done["images"] == [cached[0]]
@@ -206,6 +218,10 @@ def test_damaged_files_are_no_obstacle(cached: list[str], folder: Path, images: 
     (folder / f"{images['new'].blob_id}.chunk_state").write_bytes(b"x" * 5000)
     next((folder / "images").iterdir()).write_bytes(b"{")
     (folder / "lonely.blob.data").write_bytes(b"x")
+    for i, record in enumerate(
+        ({"file": "/\ud800", "blobs": []}, {"name": "\ud800", "manifest": f"sha256:{0:064}"})
+    ):
+        (folder / "images" / f"{i}.json").write_text(json.dumps({"version": 1, **record}))
     found = run_json(folder, "ls")
     assert len(found["blobs"]) == 4
     run_json(folder, "du")

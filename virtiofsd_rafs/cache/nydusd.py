@@ -5,11 +5,14 @@ The record (``.blob.data.chunk_map``) is the store's work (crate ``chunk-store``
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from virtiofsd_rafs.cache import inventory as inv
-from virtiofsd_rafs.errors import CacheError
+from virtiofsd_rafs.errors import CacheError, VirtiofsdRafsError
+
+_log = logging.getLogger(__name__)
 
 # 24 bytes for each of the most chunks that a blob can have, and the header.
 MAX_META_LEN = (24 << 24) + 8192
@@ -101,8 +104,17 @@ def export(folder: Path, bootstraps: list[Path]) -> dict[str, int]:
     check_unused(folder, {blob.blob_id for blob in found.blobs})
     stems = {blob.map_digest: blob.stem for blob in found.blobs}
     exported: dict[str, int] = {}
-    for _, layer in layers(folder, found, bootstraps, Report()):
-        with Store(layer.bootstrap, cache_dir=folder, spill_size=4096, for_nydusd=True) as store:
+    named = {str(path) for path in bootstraps}
+    for name, layer in layers(folder, found, bootstraps, Report()):
+        try:
+            store = Store(layer.bootstrap, cache_dir=folder, spill_size=4096, for_nydusd=True)
+        except VirtiofsdRafsError as e:
+            if name in named:
+                raise
+            # What was served from there once is something else by now.
+            _log.warning("%s is left out: %s", name, e)
+            continue
+        with store:
             for info in store.blobs():
                 stem = None if info.needs_chunk_info else stems.get(store.map_digest(info.blob_index).hex())
                 if stem != info.blob_id or not store.open_blob(info.blob_index):

@@ -73,7 +73,12 @@ def layers(
         yield str(path), LayerFiles(path.read_bytes(), {})
     for image in found.images:
         if not image.manifest_digest and image.complete:
-            yield image.name, LayerFiles(Path(image.name).read_bytes(), {})
+            try:
+                bootstrap = Path(image.name).read_bytes()
+            except OSError as e:
+                report.problems.append(f"{image.name}: {e.strerror}")
+            else:
+                yield image.name, LayerFiles(bootstrap, {})
         for layer in inv.layers_of(store, image):
             if layer is None:
                 report.problems.append(f"{image.name}: its bootstrap is not here")

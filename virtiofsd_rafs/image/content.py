@@ -103,7 +103,7 @@ class ContentStore:
         """Where the record of the tag ``host/repo:tag``, or of a bootstrap file, is kept."""
         if self._root is None:
             return None
-        key = name.encode(errors="surrogateescape")
+        key = os.fsencode(name)
         return self._root / "images" / f"{hashlib.sha256(key).hexdigest()}.json"
 
     def _content_path(self, digest: str) -> Path | None:
@@ -131,6 +131,10 @@ def _parse_file_record(data: bytes | None) -> tuple[str, list[str]] | None:
     file, blobs = record.get("file"), record.get("blobs")
     if not isinstance(file, str) or not file.startswith("/") or not isinstance(blobs, list):
         return None
+    try:
+        os.fsencode(file)
+    except UnicodeEncodeError:
+        return None  # JSON can say what no name of a file can
     return file, [blob for blob in blobs if isinstance(blob, str)]
 
 
@@ -138,7 +142,12 @@ def _parse_record(data: bytes | None) -> tuple[str, str] | None:
     """Name and digest in a tag's record; None when it is no such thing."""
     record = _parse(data)
     name, digest = record.get("name"), record.get("manifest")
-    if not isinstance(name, str) or not isinstance(digest, str) or not is_sha256(digest):
+    if (
+        not isinstance(name, str)
+        or not name.isascii()
+        or not isinstance(digest, str)
+        or not is_sha256(digest)
+    ):
         return None
     return name, digest
 
