@@ -13,6 +13,7 @@
 mod budget;
 pub mod channel;
 mod commands;
+mod fds;
 #[cfg(test)]
 mod fuzz_tests;
 mod memory_map;

@@ -1,12 +1,14 @@
 //! The image that a worker serves: metadata tree, chunk tables, and the node ids by which the guest names files.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
-use chunk_store::{BlobView, SharedFds, Source};
+use chunk_store::{BlobView, Location, SharedFds, Source};
 use rafs_format::{Nid, Tree};
 
+use crate::fds::duplicate;
 use crate::memory_map::MemoryMap;
+use crate::parked::ChunkId;
 
 /// Descriptors of one blob's tables, as control handed them over.
 #[derive(Clone, Copy, Debug)]
@@ -36,16 +38,6 @@ pub struct Mount {
 /// so that no nid (0 included) meets it.
 const NID_BIAS: u64 = 2;
 const NID_MASK: u64 = (1 << 48) - 1;
-
-fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: plain system call; the result is checked.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    if copy < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a fresh descriptor that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
 
 impl Mount {
     /// Maps the image behind `fds`. The bootstrap is parsed once here, so that later borrows cannot fail.
@@ -83,6 +75,12 @@ impl Mount {
     #[inline]
     pub fn blob(&self, index: u16) -> Option<&BlobView> {
         self.blobs.get(usize::from(index))
+    }
+
+    /// Where a chunk is.
+    pub fn locate(&self, chunk: ChunkId) -> Location {
+        let blob = self.blob(chunk.blob_index);
+        blob.map_or(Location::Invalid, |blob| blob.locate(chunk.chunk_index))
     }
 
     /// The descriptor behind `source` for blob `index`.

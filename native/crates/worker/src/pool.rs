@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::{Condvar, Mutex};
 
+use crate::fds::write_event;
+
 /// A part of a request's data: bytes of a file.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece {
@@ -195,9 +197,7 @@ impl Pool {
                 .lock()
                 .unwrap_or_else(|e| e.into_inner())
                 .push_back(done);
-            let one = 1u64.to_ne_bytes();
-            // SAFETY: eight bytes to an eventfd; it only fails when the counter is full, and then it is readable.
-            unsafe { libc::write(self.events[job.thread], one.as_ptr().cast(), 8) };
+            write_event(self.events[job.thread]);
         }
     }
 }

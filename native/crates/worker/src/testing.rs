@@ -15,7 +15,9 @@ use crate::mount::{BlobFds, MountFds};
 use crate::{RingSetup, Setup};
 
 mod requests;
+mod steps;
 pub use requests::*;
+pub use steps::*;
 
 pub use crate::mount::Mount;
 pub use crate::pool::Pool;
@@ -473,24 +475,6 @@ pub fn read(
         Ok(_) => Ok(None),
         Err(errno) => Err(errno.0),
     }
-}
-
-/// Entries of a test's queue.
-pub const SIZE: u16 = 256;
-
-/// The sample image, a driver whose indexes start at `start`, and a thread that serves its queue 1.
-pub fn running(start: u16) -> (Bench, Driver, RingThread) {
-    let bench = Bench::sample();
-    let driver = bench.driver(1, SIZE, start);
-    let thread = bench.thread(vec![ring(&driver, 1)]);
-    (bench, driver, thread)
-}
-
-/// The thread's own loop without the sleep.
-pub fn turn(thread: &mut RingThread) {
-    thread.finish_pool();
-    thread.unpark();
-    thread.round();
 }
 
 /// What a worker is told about `driver`'s ring as queue `queue`.

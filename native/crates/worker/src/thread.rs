@@ -13,9 +13,10 @@ use session::failpoint::Point;
 use session::inflight::Outstanding;
 
 use crate::budget::{Budget, ROUND_HEADS};
+use crate::fds::{duplicate, write_event};
 use crate::mount::Mount;
 use crate::ops::Errno;
-use crate::parked::{ChunkId, Parked, REPOST_NS, TICK_MS};
+use crate::parked::{Parked, REPOST_NS, TICK_MS};
 use crate::pool::{Finished, Pool};
 use crate::queue::Queue;
 use crate::serve::{Head, Server};
@@ -343,7 +344,7 @@ impl RingThread {
         self.expire_waiting(now);
         let mut budget = Budget::default();
         let mount = self.server.mount;
-        let has_come = |chunk| locate(mount, chunk) != Location::Absent;
+        let has_come = |chunk| mount.locate(chunk) != Location::Absent;
         self.server.parking.forget_arrived(has_come);
         let list = self.server.parking.take_all();
         for parked in &list {
@@ -483,28 +484,6 @@ impl RingThread {
             };
         }
     }
-}
-
-/// Where a chunk is.
-fn locate(mount: &Mount, chunk: ChunkId) -> Location {
-    let blob = mount.blob(chunk.blob_index);
-    blob.map_or(Location::Invalid, |blob| blob.locate(chunk.chunk_index))
-}
-
-fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: plain system call; the result is checked.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    if copy < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a fresh descriptor that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
-
-fn write_event(fd: RawFd) {
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: eight bytes to an eventfd; it only fails when the counter is full, and then it is readable.
-    unsafe { libc::write(fd, one.as_ptr().cast(), 8) };
 }
 
 #[cfg(test)]
