@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from virtiofsd_rafs import sockets
 from virtiofsd_rafs.errors import SocketSetupError, VirtiofsdRafsError
 from virtiofsd_rafs.native.session import ForkControl, Session
-from virtiofsd_rafs.runtime import scheduling
 from virtiofsd_rafs.runtime.environment import hide_secrets, reveal_secrets
 from virtiofsd_rafs.runtime.sandbox import Confined, confine
 
@@ -33,7 +32,6 @@ def serve(config: ServeConfig) -> int:
         paths.append(config.api_socket)
         sockets.drop()
         renewed, environment = os.memfd_create("rafs-renewed", os.MFD_CLOEXEC), hide_secrets()
-        preferred = scheduling.prefer_next_child()
         confined = confine(config)
         private = _Private(api, renewed, environment, confined)
         session = Session.create(
@@ -44,7 +42,7 @@ def serve(config: ServeConfig) -> int:
         )
         if confined is not None:
             session.confine_workers(confined.parts)
-        return _run(session, private, config, preferred=preferred)
+        return _run(session, private, config)
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
@@ -61,7 +59,7 @@ class _Private(NamedTuple):
     confined: Confined | None
 
 
-def _run(session: Session, private: _Private, config: ServeConfig, *, preferred: bool) -> int:
+def _run(session: Session, private: _Private, config: ServeConfig) -> int:
     while True:
         event = session.run()
         if not isinstance(event, ForkControl):
@@ -69,9 +67,6 @@ def _run(session: Session, private: _Private, config: ServeConfig, *, preferred:
         pid = os.fork()
         if pid == 0:
             os._exit(_control(session, event.fd, private, config))
-        if preferred:
-            scheduling.as_others()
-            preferred = False
         os.close(event.fd)
         session.control_started(pid)
 
