@@ -41,7 +41,7 @@ pub fn message_state(fd: RawFd) -> MessageState {
         };
     }
     if (n as usize) < HEADER_LEN {
-        return MessageState::Partial;
+        return rest_to_come(fd);
     }
     let size = u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize;
     let mut queued: libc::c_int = 0;
@@ -52,6 +52,21 @@ pub fn message_state(fd: RawFd) -> MessageState {
     // An oversized message is refused by the message layer at its header.
     if size > MAX_PAYLOAD || queued as usize >= HEADER_LEN + size {
         MessageState::Complete
+    } else {
+        rest_to_come(fd)
+    }
+}
+
+/// The rest of a message comes, unless its sender has hung up.
+fn rest_to_come(fd: RawFd) -> MessageState {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: one pollfd that we own.
+    if unsafe { libc::poll(&mut poll, 1, 0) } > 0 {
+        MessageState::Closed
     } else {
         MessageState::Partial
     }

@@ -55,3 +55,14 @@ fn a_socket_that_nobody_reads_is_not_writable() {
     drop(front);
     assert!(is_writable(back.as_raw_fd()), "an error is not waited for");
 }
+
+#[test]
+fn half_a_message_of_a_sender_that_has_gone_is_its_end() {
+    for bytes in [header(8), header(8)[..5].to_vec()] {
+        let (mut front, back) = UnixStream::pair().unwrap();
+        front.write_all(&bytes).unwrap();
+        assert_eq!(message_state(back.as_raw_fd()), MessageState::Partial);
+        drop(front);
+        assert_eq!(message_state(back.as_raw_fd()), MessageState::Closed);
+    }
+}
