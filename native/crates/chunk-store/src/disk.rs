@@ -216,7 +216,7 @@ fn examine_orphan(dir: BorrowedFd<'_>, data_name: &str, spec: &BlobSpec) -> io::
         || nydusd::Bits::parse(&bits, spec.table_count).is_none()
         // A daemon whose state file was removed may serve this file, even for another promise.
         || !sys::try_lock_exclusive(data.as_fd())?
-        || sys::open_elsewhere(sys::file_id(&data)?)
+        || sys::in_use_elsewhere(&data)?
     {
         return Ok(Orphan::Leave);
     }

@@ -42,6 +42,30 @@ pub fn reopen(fd: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Which signal tells that a lease is to be given back (asm-generic/fcntl.h).
+const F_SETSIG: libc::c_int = 10;
+
+/// Whether another process has `file` open, which this one has opened once.
+///
+/// A lease for writing is given to nobody else's file alone. It is asked for first, because a confined process sees
+/// no other one; where the file is somebody else's, or its file system has no leases, processes are looked at.
+pub fn in_use_elsewhere(file: &File) -> io::Result<bool> {
+    let fd = file.as_raw_fd();
+    // Who opens the file at this moment makes the kernel send a signal, by default one that kills.
+    // SAFETY: plain fcntl on an open descriptor.
+    check(unsafe { libc::fcntl(fd, F_SETSIG, libc::SIGURG) })?;
+    // SAFETY: as above.
+    match check(unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_WRLCK) }) {
+        Ok(_) => {
+            // SAFETY: as above. Whoever opens the file meanwhile waits until the lease is gone.
+            check(unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) })?;
+            Ok(false)
+        }
+        Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => Ok(true),
+        Err(_) => Ok(open_elsewhere(file_id(file)?)),
+    }
+}
+
 /// Opens `name` in `dir` for reading and writing, making it (mode 0600) when it is not there. Symbolic links are
 /// refused.
 pub fn open_file_at(dir: BorrowedFd<'_>, name: &str) -> io::Result<File> {
@@ -235,5 +259,27 @@ pub fn reserve(fd: BorrowedFd<'_>, len: u64) -> io::Result<()> {
     match check(unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, len) }) {
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
         other => other.map(drop),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_open_once_is_in_use_by_nobody_else() {
+        let path = std::env::temp_dir().join(format!("vr-lease-{}", std::process::id()));
+        let file = File::options()
+            .create_new(true)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        assert!(!in_use_elsewhere(&file).unwrap());
+        let other = File::open(&path).unwrap();
+        assert!(in_use_elsewhere(&file).unwrap());
+        drop(other);
+        assert!(!in_use_elsewhere(&file).unwrap());
+        std::fs::remove_file(path).unwrap();
     }
 }
