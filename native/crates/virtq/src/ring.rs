@@ -51,6 +51,11 @@ struct Descriptor {
     next: u16,
 }
 
+/// Eight bytes in an indirect table, wherever that begins.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Unaligned(u64);
+
 impl Vring {
     /// Maps a ring of `size` entries. Positions start at the driver's used index and `next_avail`.
     pub fn new(
@@ -286,21 +291,21 @@ fn walk_indirect(
             Some(host) => unsafe { host.add(16 * index as usize) },
             None => translate_entry(mem, table, index)?,
         };
-        // SAFETY: 16 bytes are mapped at `host`; guest addresses need not be aligned.
-        let d = unsafe { host.cast::<Descriptor>().read_unaligned() };
-        let flags = u16::from_le(d.flags);
+        let words = host.cast::<Unaligned>();
+        // SAFETY: 16 bytes are mapped at `host`; guest addresses need not be aligned. Volatile, as the guest may write at
+        // the same time: what is checked has to be what is used.
+        let (addr, rest) = unsafe { (words.read_volatile().0, words.add(1).read_volatile().0) };
+        // `Descriptor`, from its length on.
+        let (addr, rest) = (u64::from_le(addr), u64::from_le(rest));
+        let (len, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
         if flags & DESC_F_INDIRECT != 0 {
             return Err(ChainError::BadIndirect);
         }
-        builder.push(
-            u64::from_le(d.addr),
-            u32::from_le(d.len),
-            flags & DESC_F_WRITE != 0,
-        )?;
+        builder.push(addr, len, flags & DESC_F_WRITE != 0)?;
         if flags & DESC_F_NEXT == 0 {
             return builder.finish();
         }
-        index = u32::from(u16::from_le(d.next));
+        index = u32::from(next);
     }
     Err(if entries as usize > MAX_SEGMENTS {
         ChainError::TooLong
