@@ -166,6 +166,8 @@ impl RingThread {
             if n == 0 && timeout == REST_MS {
                 rested = true;
                 self.server.mem.release_pages();
+                // The next round may find a request, and hang with it: nobody would look whether a resting thread does.
+                self.set_busy();
                 thread.resting.store(1, Ordering::Relaxed);
                 continue;
             }
