@@ -94,10 +94,15 @@ class Session:
     def attach(cls, pid: int) -> Session:
         """The session of a running daemon, by its keeper's pid. For tests: must be able to open its files."""
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            if os.readlink(link).startswith("/memfd:rafs-session"):
-                out = ffi.new("void **")
-                raise_for(lib.vr_session_attach(os.open(link, os.O_RDWR | os.O_CLOEXEC), out))
-                return cls(out[0])
+            try:
+                if not os.readlink(link).startswith("/memfd:rafs-session"):
+                    continue
+                fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # closed meanwhile: the keeper may be starting
+            out = ffi.new("void **")
+            raise_for(lib.vr_session_attach(fd, out))
+            return cls(out[0])
         raise ProcessLookupError(f"process {pid} is no keeper: it has no session memory")
 
     def run(self) -> int | ForkControl:
