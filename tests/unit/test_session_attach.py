@@ -23,7 +23,9 @@ def test_descriptors_may_go_meanwhile() -> None:
     with subprocess.Popen([sys.executable, "-c", RESTLESS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        for _ in range(200):
-            with pytest.raises(ProcessLookupError):
-                Session.attach(process.pid)
-        process.kill()
+        try:
+            for _ in range(200):
+                with pytest.raises(ProcessLookupError):
+                    Session.attach(process.pid)
+        finally:
+            process.kill()
