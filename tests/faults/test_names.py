@@ -77,7 +77,8 @@ def named(
         world = stack.enter_context(worlds(request.param, False))
         how = {"host": f"{NAME}:{world.port}", "program": write_program(folder)}
         with no_names(folder):
-            one = stack.enter_context(rig(world, fault_image, **how))
+            # The played resolver keeps count there.
+            one = stack.enter_context(rig(world, fault_image, "--sandbox-allow", str(folder), **how))
         yield one, folder
 
 

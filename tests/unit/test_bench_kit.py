@@ -26,6 +26,7 @@ from tests.bench.kit.results import CaseResult, Record, from_json, to_json
 from tests.bench.kit.runs import Run, median, merged
 from tests.bench.material import Material
 from tests.bench.processes import Memory, Usage
+from tests.bench.races import Start
 from tests.bench.stalls import Beside
 from tests.bench.start import EVENTS
 from virtiofsd_rafs.native.frontend import OpResult
@@ -249,6 +250,7 @@ def documents() -> list[dict[str, Any]]:
         document("cold", {"boots": [attrs.asdict(boot) for boot in boots]}),
         document("fullread", [attrs.asdict(Full("rafs", 1, 10**6, 0.5, 0.1, 3, 5, None))]),
         document("build", [attrs.asdict(cost) for cost in costs]),
+        document("races", [attrs.asdict(Start("rafs", True, "QEMU 10", "with the enable", 0.5, 0))]),
         document("faults", [attrs.asdict(Damage("rafs", n, 9, 3, 0, 1, False)) for n in (1, 2)]),
     ]
 
