@@ -297,12 +297,13 @@ impl<'a> Queue<'a> {
         wanted
     }
 
-    /// Whether the driver should learn now of the answers it has been shown: it sleeps perhaps, and takes about as
-    /// long to wake up as the requests last that it still waits for. Until then a signal would only wake it more often.
-    pub fn is_half_done(&self) -> bool {
-        self.ring
-            .as_ref()
-            .is_some_and(|ring| ring.unsignalled() >= ring.waiting())
+    /// Whether at least one of `parts` of what the driver has offered is answered and it has not been told yet: it sleeps
+    /// perhaps, and takes about as long to wake up as the requests last that it still waits for. Until then a signal
+    /// would only wake it more often.
+    pub fn is_due(&self, parts: u32) -> bool {
+        self.ring.as_ref().is_some_and(|ring| {
+            u32::from(ring.unsignalled()) * (parts - 1) >= u32::from(ring.waiting())
+        })
     }
 
     /// Signals the driver whether it wants it or not: after a crash nobody knows what it has been told.

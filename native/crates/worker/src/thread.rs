@@ -27,8 +27,11 @@ use crate::{Setup, thread_of};
 /// the last ones never sleeps: with eight instead of two, lookups at depth 32 take three times the processor time.
 const SHOW_HEADS: usize = 2;
 const SHOW_BYTES: usize = 64 << 10;
-/// A driver that asks for signals gets one when half of its requests are answered, or so many bytes: it wakes up while
-/// the others are served.
+/// A driver that asks for signals gets one when this part of its requests is answered, or so many bytes: it wakes up while
+/// the others are served. Eight small reads take about as long as a wake-up does; of large ones half leaves time enough,
+/// and a signal more would cost what it saves.
+const SIGNAL_PARTS_SMALL: u32 = 4;
+const SIGNAL_PARTS: u32 = 2;
 const SIGNAL_BYTES: usize = 2 << 20;
 /// While rings never run empty, descriptors are looked at this often, in ns: a system call in each round costs as much
 /// as some requests.
@@ -282,7 +285,12 @@ impl RingThread {
     /// Shows the driver its answers; it is signalled only when that is worth it.
     fn show(&mut self, i: usize) {
         self.queues[i].publish();
-        if self.unsignalled_bytes >= SIGNAL_BYTES || self.queues[i].is_half_done() {
+        let parts = if self.unsignalled_bytes < SHOW_BYTES {
+            SIGNAL_PARTS_SMALL
+        } else {
+            SIGNAL_PARTS
+        };
+        if self.unsignalled_bytes >= SIGNAL_BYTES || self.queues[i].is_due(parts) {
             self.flush(i);
         } else {
             self.step();
