@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from virtiofsd_rafs.config import ServeConfig
-    from virtiofsd_rafs.native.store import Store
+    from virtiofsd_rafs.native.store import BlobInfo, StateCounts, Store
     from virtiofsd_rafs.runtime.planner import Planner
     from virtiofsd_rafs.runtime.prefetch import Resolved
 
@@ -52,13 +52,17 @@ def has_table(bootstrap_fd: int | None) -> bool:
         return bool(offset and size)
 
 
+def is_stored(blob: BlobInfo, states: StateCounts, *, on_disk: bool) -> bool:
+    """Whether all chunks of a blob are on the disk, verified or to be verified without the network."""
+    return on_disk and states.present + states.verified >= blob.n_known
+
+
 def is_complete(store: Store, blobs: Iterable[int]) -> bool:
-    """Whether all of the image is stored on the disk, verified or to be verified without the network."""
-    for index in blobs:
-        states = store.states(index)
-        if not store.chunks(index).has_data or states.present + states.verified < store.blob(index).n_known:
-            return False
-    return True
+    """Whether all of the image is on the disk."""
+    return all(
+        is_stored(store.blob(index), store.states(index), on_disk=store.chunks(index).has_data)
+        for index in blobs
+    )
 
 
 class FirstStart:

@@ -15,7 +15,7 @@ import attrs
 from virtiofsd_rafs import __version__
 from virtiofsd_rafs.backends.base import CONNECTIONS
 from virtiofsd_rafs.native.store import paths
-from virtiofsd_rafs.runtime.first_start import is_complete
+from virtiofsd_rafs.runtime.first_start import is_complete, is_stored
 from virtiofsd_rafs.runtime.metrics import Metrics, Sample, Stalls, render
 from virtiofsd_rafs.runtime.renewal import Renewal
 
@@ -106,7 +106,8 @@ class View:
         return info
 
     def status_nodes(self, *, full: bool = False) -> list[int]:
-        """Nodes that :meth:`status` mentions and whose names are not known yet."""
+        """Nodes that :meth:`status`, called right after this, mentions and whose names are not known yet."""
+        self._collect_stalls()
         seen = {record.nodeid for record in self._latest(full=full)}
         seen.update(trace.nodeid for trace in self._slowest(full=full))
         seen.update(wait.origin.nodeid for wait in self._waits())
@@ -115,7 +116,7 @@ class View:
     def trace_nodes(self) -> list[int]:
         """Nodes that :meth:`trace` mentions and whose names are not known yet."""
         seen = {record.nodeid for record in self.metrics.log}
-        seen.update(trace.nodeid for trace in self._stalls().log)
+        seen.update(trace.nodeid for trace in self._collect_stalls().log)
         return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
 
     def name_nodes(self, nodeids: list[int]) -> None:
@@ -143,11 +144,15 @@ class View:
 
         return gather
 
-    def _stalls(self) -> Stalls:
+    def _collect_stalls(self) -> Stalls:
+        """Takes over what the workers have written since."""
         if self._agent is None:
             return Stalls()
         self._agent.stalls.add(self._session.trace())
         return self._agent.stalls
+
+    def _stalls(self) -> Stalls:
+        return Stalls() if self._agent is None else self._agent.stalls
 
     def _waits(self) -> list[Wait]:
         return self._agent.planner.waits(_STATUS_WAITS) if self._agent is not None else []
@@ -184,22 +189,27 @@ class View:
         if mounted is None:
             return {"name": self._config.image}
         blobs = []
+        complete = True
+        # A call into the store gives the interpreter's lock away, and a busy host gives it back late
         for info in mounted.store.blobs():
             states = mounted.store.states(info.blob_index)
+            on_disk = mounted.store.chunks(info.blob_index).has_data
+            if info.blob_index in mounted.blob_ids:
+                complete = complete and is_stored(info, states, on_disk=on_disk)
             blobs.append(
                 {
                     "id": info.blob_id,
                     "n_chunks": info.n_known,
                     "uncompressed_size": info.uncompressed_size,
                     "stored_size": mounted.image.blob_sizes.get(info.blob_id),
-                    "on_disk": mounted.store.chunks(info.blob_index).has_data,
+                    "on_disk": on_disk,
                     "states": states._asdict(),
                 }
             )
         return {
             "name": mounted.image.name,
             "manifest_digest": mounted.image.manifest_digest,
-            "complete": is_complete(mounted.store, mounted.blob_ids),
+            "complete": complete,
             "bootstrap_size": os.fstat(mounted.bootstrap_fd).st_size,
             "blobs": blobs,
         }
@@ -246,7 +256,7 @@ class View:
             "bootstrap_size": os.fstat(mounted.bootstrap_fd).st_size if mounted is not None else None,
             "blobs": [{"id": blob_id, "size": sizes.get(blob_id)} for blob_id in ids.values()],
         }
-        records, stalls = list(self.metrics.log), list(self._stalls().log)
+        records, stalls = list(self.metrics.log), list(self._collect_stalls().log)
 
         def gather() -> dict[str, Any]:
             fetches = [
@@ -317,7 +327,7 @@ class View:
             Sample("loop_lag_seconds", loop_lag_s),
             Sample("ready", int(not self.unready())),
         ]
-        return render(self.metrics, samples + self._samples(), self._stalls())
+        return render(self.metrics, samples + self._samples(), self._collect_stalls())
 
     def _samples(self) -> list[Sample]:
         status = self._session.status()
