@@ -297,13 +297,11 @@ impl<'a> Queue<'a> {
         wanted
     }
 
-    /// Whether at least one of `parts` of what the driver has offered is answered and it has not been told yet: it sleeps
-    /// perhaps, and takes about as long to wake up as the requests last that it still waits for. Until then a signal
-    /// would only wake it more often.
-    pub fn is_due(&self, parts: u32) -> bool {
-        self.ring.as_ref().is_some_and(|ring| {
-            u32::from(ring.unsignalled()) * (parts - 1) >= u32::from(ring.waiting())
-        })
+    /// Answers that the driver has not been told of, and heads that it has offered and that were not taken.
+    pub fn untold_and_waiting(&self) -> (u16, u16) {
+        self.ring
+            .as_ref()
+            .map_or((0, 0), |ring| (ring.unsignalled(), ring.waiting()))
     }
 
     /// Signals the driver whether it wants it or not: after a crash nobody knows what it has been told.

@@ -12,7 +12,7 @@ use session::clock::now_ns;
 use session::failpoint::Point;
 use session::inflight::Outstanding;
 
-use crate::budget::{Budget, ROUND_HEADS};
+use crate::budget::{Budget, ROUND_HEADS, SHOW_BYTES, SHOW_HEADS, is_signal_due};
 use crate::fds::{duplicate, write_event};
 use crate::mount::Mount;
 use crate::ops::Errno;
@@ -23,16 +23,6 @@ use crate::serve::{Head, Server};
 use crate::spin::Spin;
 use crate::{Setup, thread_of};
 
-/// Answers are shown to the driver after so many heads or bytes. A driver that finds one whenever it has worked off
-/// the last ones never sleeps: with eight instead of two, lookups at depth 32 take three times the processor time.
-const SHOW_HEADS: usize = 2;
-const SHOW_BYTES: usize = 64 << 10;
-/// A driver that asks for signals gets one when this part of its requests is answered, or so many bytes: it wakes up while
-/// the others are served. Eight small reads take about as long as a wake-up does; of large ones half leaves time enough,
-/// and a signal more would cost what it saves.
-const SIGNAL_PARTS_SMALL: u32 = 4;
-const SIGNAL_PARTS: u32 = 2;
-const SIGNAL_BYTES: usize = 2 << 20;
 /// While rings never run empty, descriptors are looked at this often, in ns: a system call in each round costs as much
 /// as some requests.
 const WAIT_NS: u64 = 200_000;
@@ -285,12 +275,8 @@ impl RingThread {
     /// Shows the driver its answers; it is signalled only when that is worth it.
     fn show(&mut self, i: usize) {
         self.queues[i].publish();
-        let parts = if self.unsignalled_bytes < SHOW_BYTES {
-            SIGNAL_PARTS_SMALL
-        } else {
-            SIGNAL_PARTS
-        };
-        if self.unsignalled_bytes >= SIGNAL_BYTES || self.queues[i].is_due(parts) {
+        let (untold, waiting) = self.queues[i].untold_and_waiting();
+        if is_signal_due(self.unsignalled_bytes, untold, waiting) {
             self.flush(i);
         } else {
             self.step();
