@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from virtiofsd_rafs.cache import inventory as inv
+from virtiofsd_rafs.cache.names import DATA_SUFFIX, STATE_SUFFIX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +88,7 @@ def collect(
     for blob in found.blobs:
         if blob.blob_id in needed or blob.in_use or not blob.map_digest:
             continue  # nydusd's own files are nydusd's
-        if blob.nydusd and inv.open_by_anybody(folder / (blob.stem + inv.DATA_SUFFIX)):
+        if blob.nydusd and inv.open_by_anybody(folder / (blob.stem + DATA_SUFFIX)):
             continue
         if dry_run or remove_blob(folder, blob.stem):
             done.blobs.append(blob.stem)
@@ -142,7 +143,7 @@ def _remove_files(folder: Path, needed: set[str], given_up: set[str], done: Remo
 def remove_blob(folder: Path, stem: str) -> bool:
     """Removes the files of a blob unless somebody uses them. Whether they are gone."""
     names = [folder / name for name in inv.files_of(stem)]
-    state, data = folder / (stem + inv.STATE_SUFFIX), folder / (stem + inv.DATA_SUFFIX)
+    state, data = folder / (stem + STATE_SUFFIX), folder / (stem + DATA_SUFFIX)
     try:
         with state.open("r+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from virtiofsd_rafs.cache.names import DATA_SUFFIX, META_SUFFIX, RECORD_SUFFIX, STATE_SUFFIX
 from virtiofsd_rafs.errors import CacheError, VirtiofsdRafsError
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from virtiofsd_rafs.image.layer import LayerFiles
-
-STATE_SUFFIX = ".chunk_state"
-DATA_SUFFIX = ".blob.data"
-META_SUFFIX = ".blob.meta"
-RECORD_SUFFIX = ".blob.data.chunk_map"
 
 # native/crates/chunk-store/src/layout.rs
 _HEADER = struct.Struct("<8sII16s32s64sQQI")

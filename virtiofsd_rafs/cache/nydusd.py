@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from virtiofsd_rafs.cache import inventory as inv
+from virtiofsd_rafs.cache.names import DATA_SUFFIX, META_SUFFIX, RECORD_SUFFIX, STATE_SUFFIX
 from virtiofsd_rafs.errors import CacheError, VirtiofsdRafsError
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def write_meta(folder: Path, blob_id: str, meta: bytes | None) -> None:
     """Puts nydusd's chunk map of a blob beside its data, unless it is there."""
-    path = folder / (blob_id + inv.META_SUFFIX)
+    path = folder / (blob_id + META_SUFFIX)
     if meta is None or path.exists():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,7 +38,7 @@ def read_meta(folder: Path | None, blob_id: str) -> bytes | None:
     if folder is None:
         return None
     try:
-        with (folder / (blob_id + inv.META_SUFFIX)).open("rb") as f:
+        with (folder / (blob_id + META_SUFFIX)).open("rb") as f:
             data = f.read(MAX_META_LEN + 1)
     except OSError:
         return None
@@ -58,10 +59,10 @@ def users(folder: Path, blob_ids: Iterable[str]) -> Iterator[Used]:
     (docs/adr/0008-eviction.md). Sees nothing from inside a sandbox.
     """
     shared = [
-        folder / (blob_id + inv.DATA_SUFFIX)
+        folder / (blob_id + DATA_SUFFIX)
         for blob_id in blob_ids
-        if os.path.exists(folder / (blob_id + inv.RECORD_SUFFIX))
-        and os.path.exists(folder / (blob_id + inv.STATE_SUFFIX))
+        if os.path.exists(folder / (blob_id + RECORD_SUFFIX))
+        and os.path.exists(folder / (blob_id + STATE_SUFFIX))
     ]
     for pid, path in inv.users_of(shared):
         if _command(pid).startswith("nydusd"):
@@ -74,7 +75,7 @@ def check_unused(folder: Path, blob_ids: Iterable[str], seen: Iterable[Used] | N
     It takes no lock, and writes what it has not verified where we have verified. *seen* is what :func:`users`
     told before this process was confined.
     """
-    paths = {folder / (blob_id + inv.DATA_SUFFIX) for blob_id in blob_ids}
+    paths = {folder / (blob_id + DATA_SUFFIX) for blob_id in blob_ids}
     for pid, path in users(folder, blob_ids) if seen is None else seen:
         if path in paths:
             raise CacheError(

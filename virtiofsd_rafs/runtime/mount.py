@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from virtiofsd_rafs.cache.names import RECORD_SUFFIX
 from virtiofsd_rafs.cache.promise import check_verifiable, complete_blob
 from virtiofsd_rafs.errors import CacheError, ConfigError, NotFound, VirtiofsdRafsError
 from virtiofsd_rafs.image.content import ContentStore
@@ -298,7 +299,7 @@ class Mounter:
         """Raises CacheError when nydusd writes where we would."""
         folder = self._cache_dir
         if folder is None or not any(
-            os.path.exists(folder / f"{blob_id}.blob.data.chunk_map") for blob_id in blob_ids
+            os.path.exists(folder / (blob_id + RECORD_SUFFIX)) for blob_id in blob_ids
         ):
             return  # nearly always, and then nothing is imported
         from virtiofsd_rafs.cache.nydusd import check_unused
