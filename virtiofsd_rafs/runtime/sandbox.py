@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+from virtiofsd_rafs.cache.names import RECORD_SUFFIX
 from virtiofsd_rafs.errors import TYPE_CHECKING, SandboxError, VirtiofsdRafsError
 from virtiofsd_rafs.native import sandbox
 from virtiofsd_rafs.native.sandbox import READ, REMOVE, RUN, WRITE
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.config import ServeConfig
 
 Allowed = tuple[bytes, str]
-# nydusd's record beside a blob (cache/inventory.py, RECORD_SUFFIX).
-_RECORD = ".blob.data.chunk_map"
 
 _RUN = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/gnu/store")
 # The resolver's files may be replaced while we run, so the folders that hold them.
@@ -127,7 +126,7 @@ def _used_by_nydusd(config: ServeConfig) -> tuple[Used, ...]:
         names = () if config.cache_dir is None else os.listdir(config.cache_dir)
     except OSError:
         return ()
-    shared = [name.removesuffix(_RECORD) for name in names if name.endswith(_RECORD)]
+    shared = [name.removesuffix(RECORD_SUFFIX) for name in names if name.endswith(RECORD_SUFFIX)]
     if not shared or config.cache_dir is None:
         return ()  # nearly always, and then nothing is imported
     from virtiofsd_rafs.cache.nydusd import users
@@ -147,9 +146,12 @@ def _make_cache_dir(config: ServeConfig) -> None:
 def allowed(config: ServeConfig) -> Iterator[Allowed]:
     """What the daemon may do with which paths, and all below them."""
     search = os.environ.get("PATH", "").split(os.pathsep)
+    closed = _closed()
     for path in {*_RUN, sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, *search}:
-        if os.path.isabs(path) and path != "/":
+        # Python adds the folder that it was started in, which may be a home.
+        if os.path.isabs(path) and os.path.normpath(path) not in closed:
             yield RUN, path
+    yield RUN, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this package
     for path in {*_READ, *_around(*_configured(config)), *_around(*_named_by_variables())}:
         yield READ, path
     for path in _DEVICES:
@@ -208,12 +210,17 @@ def _named_by_variables() -> Iterator[str]:
     yield os.path.join(runtime, "containers") if runtime else f"/run/containers/{os.getuid()}"
 
 
+def _closed() -> set[str]:
+    """Homes, and the top of the file system."""
+    return {*_NEVER_WHOLE, os.path.expanduser("~"), os.path.normpath(os.environ.get("HOME", "/"))}
+
+
 def _around(*paths: str) -> Iterator[str]:
     """The paths; with a file its folder, too, for it may be replaced while we run.
 
-    Not a home, nor the top of the file system: for the sake of one file nobody would open them.
+    Not what is closed: for the sake of one file nobody would open it.
     """
-    closed = {*_NEVER_WHOLE, os.path.expanduser("~"), os.environ.get("HOME", "/")}
+    closed = _closed()
     for path in paths:
         path = os.path.abspath(path)
         yield path
