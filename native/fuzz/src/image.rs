@@ -1,5 +1,6 @@
 //! Images of our own builder for the targets to start from: a small tree, built once per process.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read as _, Seek as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -137,12 +138,10 @@ fn pack(folder: &Path, top: &Path) -> Image {
     let ci_end = built.tail.size;
     built.tail.append_digests(&built.blob).expect("digests");
     let blob_size = built.tail.size;
-    let blob_id: String = built
-        .tail
-        .sha256()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let mut blob_id = String::new();
+    for byte in built.tail.sha256() {
+        write!(blob_id, "{byte:02x}").expect("a string grows");
+    }
     let plan = built.layout(2 * BLOCK_SIZE).expect("a plan");
     let nids = built.prefetch_nids(&plan);
 
