@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.sim.images import MadeImage, make_image
 from tests.unit.test_agent import ScriptedSource
-from tests.unit.test_first_start import Rig, rig
+from tests.unit.test_first_start import HANG_S, Rig, rig
 from virtiofsd_rafs.backends.base import ANSWERED_BY
 from virtiofsd_rafs.errors import RangeIgnored, Unreachable
 from virtiofsd_rafs.runtime import streams
@@ -139,6 +140,31 @@ async def test_a_stream_that_breaks_off_goes_on_with_what_is_missing(
         # Nothing is stored twice.
         assert r.metrics.chunks == {"ok": N_CHUNKS}
     assert source.open == 0
+
+
+async def test_what_is_asked_for_while_it_is_stored_is_told_of_once(
+    image: MadeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = StreamingSource(image)
+    storing, go = threading.Event(), threading.Event()
+    async with rig(image, tmp_path / "cache", source) as r:
+        ingest = r.store.ingest
+
+        def slow(*arguments: Any) -> bytes:
+            storing.set()
+            assert go.wait(HANG_S)
+            return ingest(*arguments)
+
+        monkeypatch.setattr(r.store, "ingest", slow)
+        r.session.post(3)
+        await r.until(storing.is_set)
+        r.session.post(1)
+        await r.until(lambda: r.agent.planner.in_flight == 2)
+        go.set()
+        await r.until(lambda: len(r.ready) == N_CHUNKS)
+        await r.until_idle()
+        assert r.metrics.chunks == {"ok": N_CHUNKS}
+        assert r.metrics.bytes_fetched == sum(chunk.compressed_size for chunk in image.chunks)
 
 
 async def test_wrong_bytes_come_again(image: MadeImage, tmp_path: Path) -> None:

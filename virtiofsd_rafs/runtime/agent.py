@@ -26,7 +26,7 @@ from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import NOBODY, Origin, Posted
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Mapping, Sequence
 
     from virtiofsd_rafs.backends.base import BlobSource
     from virtiofsd_rafs.config import ServeConfig
@@ -379,17 +379,17 @@ class Agent:
             return await self._streams.bring(source, fetch.blob, self._blob_ids[fetch.blob], fetch.chunks)
 
     async def _take_passing(
-        self, blob: int, base: int, data: bytes, chunks: Sequence[int], awaited: Sequence[int]
+        self, blob: int, base: int, data: bytes, chunks: Sequence[int], awaited: Container[int]
     ) -> bytes:
         """Stores what a stream brings. What nobody has asked for is logged here, the rest with its fetch."""
         started_ns = time.monotonic_ns()
-        self.eviction.hold(blob, awaited, self._io_deadline_s)
+        self.eviction.hold(blob, [c for c in chunks if c in awaited], self._io_deadline_s)
         outcomes = await self._run(partial(self._store.ingest, blob, base, data, chunks))
-        self.eviction.hold(blob, awaited, self._io_deadline_s)
+        # Some were asked for meanwhile: their fetches tell of them as well.
+        self.eviction.hold(blob, [c for c in chunks if c in awaited], self._io_deadline_s)
         self.eviction.stored()
         self._tell_disk_trouble()
-        asked = set(awaited)
-        others = [(c, o) for c, o in zip(chunks, outcomes, strict=True) if c not in asked]
+        others = [(c, o) for c, o in zip(chunks, outcomes, strict=True) if c not in awaited]
         for _, outcome in others:
             self._metrics.chunks[OUTCOME_NAMES[outcome]] += 1
         if others:

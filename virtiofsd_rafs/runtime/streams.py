@@ -19,7 +19,7 @@ from virtiofsd_rafs.backends.base import ANSWERED_BY
 from virtiofsd_rafs.errors import BadReply, Unreachable, VirtiofsdRafsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Container, Coroutine, Sequence
 
     from virtiofsd_rafs.backends.base import Streaming, WholeBlob
     from virtiofsd_rafs.runtime.layout import Layout
@@ -35,9 +35,9 @@ class Take(Protocol):
     """Decodes, verifies and stores chunks."""
 
     async def __call__(
-        self, blob: int, base: int, data: bytes, chunks: Sequence[int], awaited: Sequence[int]
+        self, blob: int, base: int, data: bytes, chunks: Sequence[int], awaited: Container[int]
     ) -> bytes:
-        """One outcome per chunk of *chunks*, of which fetches wait for *awaited*.
+        """One outcome per chunk of *chunks*; fetches wait for those in *awaited*, and for more meanwhile.
 
         *data* begins at byte *base* of the blob.
         """
@@ -250,8 +250,7 @@ class _Stream:
             await self._storing  # it may have been the last one that anybody wants
 
     async def _store(self, base: int, data: bytes, chunks: list[int]) -> None:
-        awaited = [chunk for chunk in chunks if chunk in self.waiting]
-        outcomes = await self._take(self.blob, base, data, chunks, awaited)
+        outcomes = await self._take(self.blob, base, data, chunks, self.waiting)
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             future = self.waiting.pop(chunk, None)
             if future is not None and not future.done():
