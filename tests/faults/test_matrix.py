@@ -1,6 +1,7 @@
 """Every trouble with every pattern, with one reader and with 64, from a simulated and from a real registry.
 
-Each cell reads files that nobody has read before, through a daemon of its trouble. In each of them:
+Each cell reads files that nobody has read before, through a daemon of its trouble (or of its own, where a
+daemon learns from the trouble). In each of them:
 
 * Every byte is right, and no read fails: all of this can be cured by trying again.
 * No storm. *Needed* is what the daemon had to ask for: the stored bytes of the chunks that were read, and
@@ -12,7 +13,7 @@ Each cell reads files that nobody has read before, through a daemon of its troub
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,23 +25,27 @@ from tests.faults.troubles import KINDS, TROUBLES, Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from tests.faults.image import Image
 
-Stage = tuple[Rig, Trouble]
+Stage = tuple["Callable[[], AbstractContextManager[Rig]]", Trouble]
 
 
 @pytest.fixture(scope="module")
 def stage(
     request: pytest.FixtureRequest, worlds: Callable[[str, bool], Any], fault_image: Image
 ) -> Iterator[Stage]:
-    """A daemon that is in trouble."""
+    """Where a cell's daemon comes from, and the trouble that it is in."""
     kind, trouble = request.param
     with ExitStack() as stack:
         world: World = stack.enter_context(worlds(kind, trouble.auth))
         trouble.begin(world)
-        one = stack.enter_context(rig(world, fault_image, *trouble.options))
-        yield one, trouble
+        if trouble.habit:
+            yield lambda: rig(world, fault_image, *trouble.options), trouble
+        else:
+            one = stack.enter_context(rig(world, fault_image, *trouble.options))
+            yield lambda: nullcontext(one), trouble
 
 
 STAGES = [
@@ -51,18 +56,19 @@ STAGES = [
 @pytest.mark.parametrize("stage", STAGES, indirect=True)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_trouble_that_passes_costs_nothing(stage: Stage, cell: Cell) -> None:
-    one, trouble = stage
-    log = one.world.log
-    start = len(log)
-    faults = trouble.meet(one.world, one.image.folders[cell.name])
-    done = one.run([cell])
-    assert [d for d in done if d.error] == []
-    assert [d for d in done if not d.right] == []
-    assert one.errors() == 0
-    assert [f.name for f in faults if f.hits < (f.times or 1)] == []
-    for fault in faults:
-        fault.release()
-    traffic = Traffic.of(log[start:])
-    assert len(traffic.bent) == sum(f.hits for f in faults)
-    assert traffic.sent <= STORM * traffic.needed
-    assert one.peak_kib < MEMORY_KIB
+    daemon, trouble = stage
+    with daemon() as one:
+        log = one.world.log
+        start = len(log)
+        faults = trouble.meet(one.world, one.image.folders[cell.name])
+        done = one.run([cell])
+        assert [d for d in done if d.error] == []
+        assert [d for d in done if not d.right] == []
+        assert one.errors() == 0
+        assert [f.name for f in faults if f.hits < (f.times or 1)] == []
+        for fault in faults:
+            fault.release()
+        traffic = Traffic.of(log[start:])
+        assert len(traffic.bent) == sum(f.hits for f in faults)
+        assert traffic.sent <= STORM * traffic.needed
+        assert one.peak_kib < MEMORY_KIB
