@@ -80,7 +80,10 @@ async def _keep_asking(
     """Between two words from *pipe* all answers belong to one phase, which is sent back at its end."""
     samples: Samples = {}
     tasks: set[asyncio.Task[None]] = set()
-    pairs = itertools.cycle([(socket, path) for path in PATHS for socket in sockets])
+    # In turn: a phase of the load lasts no longer than one round of all sockets.
+    pairs = itertools.cycle(
+        [(socket, PATHS[(i + k) % len(PATHS)]) for k in range(len(PATHS)) for i, socket in enumerate(sockets)]
+    )
     due = time.monotonic()
     while True:
         due += 1 / pace

@@ -59,8 +59,8 @@ class Outage:
 
 
 OUTAGES = (
-    Outage("away-shorter", 4, 6),
-    Outage("silent-shorter", 4, 6, silent=True),
+    Outage("away-shorter", 4, 12),
+    Outage("silent-shorter", 4, 12, silent=True),
     Outage("away-longer", 20, 6),
     Outage("silent-longer", 20, 6, silent=True),
 )

@@ -470,6 +470,6 @@ async def test_an_idle_agent_gives_its_threads_back(
     async with rig(image, cache) as r:
         r.session.post(0)
         await r.until_ready(0)
-        await r.until(lambda: r.agent._pool is None)
+        await r.until(lambda: not r.agent._ingest.has_threads)
         r.session.post(1)
         await r.until_ready(1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.sim.images import MadeImage, make_image
 from tests.unit.test_agent import ScriptedSource
-from tests.unit.test_first_start import HANG_S, Rig, rig
+from tests.unit.test_first_start import Rig, rig
 from virtiofsd_rafs.backends.base import ANSWERED_BY
 from virtiofsd_rafs.errors import RangeIgnored, Unreachable
 from virtiofsd_rafs.runtime import streams
@@ -146,16 +145,16 @@ async def test_what_is_asked_for_while_it_is_stored_is_told_of_once(
     image: MadeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = StreamingSource(image)
-    storing, go = threading.Event(), threading.Event()
+    storing, go = asyncio.Event(), asyncio.Event()
     async with rig(image, tmp_path / "cache", source) as r:
-        ingest = r.store.ingest
+        ingest = r.agent._ingest.ingest
 
-        def slow(*arguments: Any) -> bytes:
+        async def slow(*arguments: Any) -> bytes:
             storing.set()
-            assert go.wait(HANG_S)
-            return ingest(*arguments)
+            await go.wait()
+            return await ingest(*arguments)
 
-        monkeypatch.setattr(r.store, "ingest", slow)
+        monkeypatch.setattr(r.agent._ingest, "ingest", slow)
         r.session.post(3)
         await r.until(storing.is_set)
         r.session.post(1)

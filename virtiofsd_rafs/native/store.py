@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from array import array
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from virtiofsd_rafs.native._lib import ffi, lib, raise_for
 
@@ -212,6 +212,11 @@ class Store:
         handle, self._handle = self._handle, ffi.NULL
         lib.vr_store_free(handle)
 
+    @property
+    def handle(self) -> Any:
+        """For other facades of the core; NULL after :meth:`close`."""
+        return self._handle
+
     def blob(self, index: int) -> BlobInfo:
         """What the image says about blob *index*."""
         info = ffi.new("uint64_t[]", lib.VR_STORE_INFO_LEN)
@@ -333,7 +338,7 @@ class Store:
     def ingest(self, index: int, base: int, data: bytes, chunks: Sequence[int]) -> bytes:
         """Decodes, verifies and publishes *chunks* out of *data*, which starts at byte *base* of the blob.
 
-        Returns one outcome per chunk. Blocking (CPU and disk): call it from an executor.
+        Returns one outcome per chunk. Blocking (CPU and disk): an event loop uses ``native.ingest``.
         """
         wanted = array("I", chunks)
         outcomes = bytearray(len(wanted))
@@ -354,7 +359,7 @@ class Store:
     def verify_present(self, index: int, chunk: int, *, force: bool = False) -> bool:
         """Reads a stored chunk back: a present one (by *force*, a verified one) becomes verified or absent.
 
-        Returns whether it may be served. Blocking: call it from an executor.
+        Returns whether it may be served. Blocking: an event loop uses ``native.ingest``.
         """
         return bool(raise_for(lib.vr_store_verify(self._handle, index, chunk, int(force))))
 

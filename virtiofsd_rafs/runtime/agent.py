@@ -1,7 +1,7 @@
 """Carries out what the planner decides: fetches, verifies, stores, wakes the workers.
 
 Posts come through shared memory and an eventfd; bytes come from a :class:`BlobSource` and go through the
-store, which decodes and verifies them in an executor without the GIL. Everything else happens on the event
+store, which decodes and verifies them in threads of the core. Everything else happens on the event
 loop.
 """
 
@@ -11,16 +11,15 @@ import asyncio
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from virtiofsd_rafs.backends.base import ANSWERED_BY, Distrustful, Streaming
 from virtiofsd_rafs.cache.eviction import Eviction
 from virtiofsd_rafs.errors import BackendError, BadReply, RangeIgnored, Throttled, VirtiofsdRafsError
 from virtiofsd_rafs.native.store import DECODE_ERROR, DIGEST_MISMATCH, OK, OUTCOME_NAMES, trim
 from virtiofsd_rafs.runtime.first_start import FirstStart
+from virtiofsd_rafs.runtime.ingest import Ingest
 from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls, runs_of
 from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import NOBODY, Origin, Posted
@@ -36,11 +35,8 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.streams import Streams
     from virtiofsd_rafs.runtime.wants import Fetch
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-# Threads that decode and verify: two keep a fast link busy, and more would only take cores from the guest.
-INGEST_THREADS = 2
 # After this long without a fetch, threads and scratch memory are given back.
 IDLE_S = 5.0
 # A chunk that is verified and yet asked for so often, over so long a time, is looked at again: its bytes may
@@ -138,7 +134,7 @@ class Agent:
         self.eviction = Eviction(store, config.cache_size)
         self.stalls = Stalls()
         self._streams: Streams | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._ingest = Ingest(store)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -169,8 +165,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.eviction.close()
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._ingest.close()
 
     # -- posts ----------------------------------------------------------------------------------------------
 
@@ -209,7 +204,7 @@ class Agent:
             self._spawn(self._recheck(key))
 
     async def _recheck(self, key: Key) -> None:
-        good = await self._run(partial(self._store.verify_present, *key, force=True))
+        good = await self._ingest.verify_present(*key, force=True)
         self._metrics.verifications["good" if good else "bad"] += 1
         if not good:
             _log.error("chunk %d of blob %s is damaged in the cache", key[1], self._blob_ids[key[0]])
@@ -234,7 +229,7 @@ class Agent:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if not self._tasks and self._pool is not None:
+        if not self._tasks and self._ingest.has_threads:
             self._idle_timer = self._loop.call_later(IDLE_S, self._relax)
 
     def _set_timer(self, now: float) -> None:
@@ -259,9 +254,8 @@ class Agent:
 
     def _relax(self) -> None:
         """Gives back what only a busy agent needs."""
-        if not self._tasks and self._pool is not None:
-            pool, self._pool = self._pool, None
-            pool.shutdown(wait=False)
+        if not self._tasks and self._ingest.has_threads:
+            self._ingest.close()
             trim()
             self.first_start.settled()
 
@@ -278,16 +272,11 @@ class Agent:
         if not self._tasks and not self.planner.busy:
             self.first_start.settled()
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(INGEST_THREADS, thread_name_prefix="ingest")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
     async def _verify(self, key: Key) -> None:
         good = False
         self.eviction.hold(key[0], [key[1]], self._io_deadline_s)
         try:
-            good = await self._run(partial(self._store.verify_present, *key))
+            good = await self._ingest.verify_present(*key)
         finally:
             self.planner.verified(key, good)
             self._metrics.verifications["good" if good else "bad"] += 1
@@ -339,10 +328,9 @@ class Agent:
             if passed is None:
                 raise
             return passed
-        # Nothing here keeps the bytes alive longer than the store needs them.
-        ingest = partial(self._store.ingest, fetch.blob, fetch.offset, data.pop(), fetch.chunks)
         self.eviction.hold(fetch.blob, fetch.wants, self._io_deadline_s)
-        return await self._run(ingest)
+        # Nothing here keeps the bytes alive longer than the store needs them.
+        return await self._ingest.ingest(fetch.blob, fetch.offset, data.pop(), fetch.chunks)
 
     async def _read(self, source: BlobSource, fetch: Fetch) -> bytes:
         blob_id = self._blob_ids[fetch.blob]
@@ -384,7 +372,7 @@ class Agent:
         """Stores what a stream brings. What nobody has asked for is logged here, the rest with its fetch."""
         started_ns = time.monotonic_ns()
         self.eviction.hold(blob, [c for c in chunks if c in awaited], self._io_deadline_s)
-        outcomes = await self._run(partial(self._store.ingest, blob, base, data, chunks))
+        outcomes = await self._ingest.ingest(blob, base, data, chunks)
         # Some were asked for meanwhile: their fetches tell of them as well.
         self.eviction.hold(blob, [c for c in chunks if c in awaited], self._io_deadline_s)
         self.eviction.stored()

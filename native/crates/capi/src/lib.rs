@@ -7,6 +7,7 @@
 pub mod builder;
 pub mod cache;
 pub mod frontend;
+pub mod ingest;
 mod pointers;
 pub mod rafs;
 pub mod sandbox;
@@ -17,7 +18,7 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Changes whenever a signature or a shared layout changes; checked when Python loads the library.
-pub const VR_ABI_VERSION: u32 = 2;
+pub const VR_ABI_VERSION: u32 = 3;
 
 /// A parameter is out of range or inconsistent.
 pub const VR_E_INVALID: i64 = -1;
@@ -75,18 +76,23 @@ impl From<std::io::Error> for Failure {
 
 /// Runs `body`, keeps the text of its failure for [`vr_last_error`], and turns a panic into `VR_E_PANIC`.
 pub fn guard(body: impl FnOnce() -> Result<i64, Failure>) -> i64 {
-    let failure = match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(value)) => return value,
-        Ok(Err(failure)) => failure,
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
-                .unwrap_or_default();
-            Failure::new(VR_E_PANIC, format!("internal error: {text}"))
-        }
-    };
+    caught(body).unwrap_or_else(told)
+}
+
+/// Runs `body`; a panic is a failure.
+fn caught(body: impl FnOnce() -> Result<i64, Failure>) -> Result<i64, Failure> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
+            .unwrap_or_default();
+        Err(Failure::new(VR_E_PANIC, format!("internal error: {text}")))
+    })
+}
+
+/// The code of a failure, whose text is kept for [`vr_last_error`].
+fn told(failure: Failure) -> i64 {
     note(failure.text);
     failure.code
 }

@@ -454,19 +454,44 @@ pub unsafe extern "C" fn vr_store_ingest(
 ) -> i64 {
     guard(|| {
         // SAFETY: promised by the caller.
-        let (handle, bytes) = unsafe { (shared(handle)?, slice(bytes, len)?) };
-        // SAFETY: promised by the caller, for both buffers.
-        let (chunks, outcomes) = unsafe {
-            (
-                slice(chunks, chunk_count)?,
-                slice_mut(outcomes, chunk_count)?,
+        unsafe {
+            ingest(
+                handle,
+                index,
+                base,
+                (bytes, len),
+                (chunks, chunk_count),
+                outcomes,
             )
-        };
-        handle
-            .store
-            .ingest(index as usize, base, bytes, chunks, outcomes)?;
-        Ok(outcomes.iter().filter(|o| **o == 0).count() as i64)
+        }
     })
+}
+
+/// [`vr_store_ingest`], for any thread.
+///
+/// # Safety
+/// As there.
+pub(crate) unsafe fn ingest(
+    handle: *const c_void,
+    index: u32,
+    base: u64,
+    bytes: (*const u8, usize),
+    chunks: (*const u32, usize),
+    outcomes: *mut u8,
+) -> Result<i64, Failure> {
+    // SAFETY: promised by the caller, for the handle and all buffers.
+    let (handle, bytes, chunks, outcomes) = unsafe {
+        (
+            shared(handle)?,
+            slice(bytes.0, bytes.1)?,
+            slice(chunks.0, chunks.1)?,
+            slice_mut(outcomes, chunks.1)?,
+        )
+    };
+    handle
+        .store
+        .ingest(index as usize, base, bytes, chunks, outcomes)?;
+    Ok(outcomes.iter().filter(|o| **o == 0).count() as i64)
 }
 
 /// Reads a stored chunk back and checks its digest: a present one becomes verified or absent, with `force` 1 a
@@ -481,15 +506,27 @@ pub unsafe extern "C" fn vr_store_verify(
     chunk: u32,
     force: u32,
 ) -> i64 {
-    guard(|| {
-        // SAFETY: promised by the caller.
-        let handle = unsafe { shared(handle)? };
-        Ok(i64::from(handle.store.verify_present(
-            index as usize,
-            chunk,
-            force != 0,
-        )?))
-    })
+    // SAFETY: promised by the caller.
+    guard(|| unsafe { verify(handle, index, chunk, force) })
+}
+
+/// [`vr_store_verify`], for any thread.
+///
+/// # Safety
+/// As there.
+pub(crate) unsafe fn verify(
+    handle: *const c_void,
+    index: u32,
+    chunk: u32,
+    force: u32,
+) -> Result<i64, Failure> {
+    // SAFETY: promised by the caller.
+    let handle = unsafe { shared(handle)? };
+    Ok(i64::from(handle.store.verify_present(
+        index as usize,
+        chunk,
+        force != 0,
+    )?))
 }
 
 /// Marks (`on` 1) absent chunks as being fetched, or takes the mark away.
