@@ -157,12 +157,13 @@ def names(pids: Iterable[int]) -> dict[int, str]:
 
 
 def memory(pid: int) -> list[Memory]:
-    """Of *pid* and its descendants, in the order of their pids."""
+    """Of *pid* and its descendants, in the order of their pids; one that ends meanwhile has none."""
     found = []
     for member in sorted(family(pid)):
         folder = Path(f"/proc/{member}")
-        name = (folder / "comm").read_text().strip()
-        found.append(parse_rollup(name, (folder / "smaps_rollup").read_text()))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            name = (folder / "comm").read_text().strip()
+            found.append(parse_rollup(name, (folder / "smaps_rollup").read_text()))
     return found
 
 
