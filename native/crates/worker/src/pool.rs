@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::{Condvar, Mutex};
+use std::thread;
 
 use crate::fds::write_event;
 
@@ -105,7 +106,7 @@ impl Pool {
             return false;
         }
         if state.idle == 0 && state.running < MAX_THREADS {
-            let spawned = std::thread::Builder::new()
+            let spawned = thread::Builder::new()
                 .name("rafs-pool".into())
                 .stack_size(128 * 1024)
                 .spawn(move || self.work());
@@ -198,6 +199,8 @@ impl Pool {
                 .unwrap_or_else(|e| e.into_inner())
                 .push_back(done);
             write_event(self.events[job.thread]);
+            // A fast disk never lets this thread sleep: ring threads would wait until its slice is over.
+            thread::yield_now();
         }
     }
 }
