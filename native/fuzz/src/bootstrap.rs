@@ -29,17 +29,24 @@ impl Walk<'_> {
         let (tree, limit) = (self.tree, self.tree.image().len());
         let mut seen = 0;
         let mut previous: Option<&[u8]> = None;
+        let mut differs = None;
         for entry in tree.entries(dir, 0) {
             seen += 1;
             assert!(seen <= limit, "more entries than bytes");
-            let Ok(entry) = entry else { break };
+            let Ok(entry) = entry else {
+                // Names that are not sorted end the listing; a lookup may have found one behind that place.
+                differs = None;
+                break;
+            };
             assert!(!entry.name.is_empty() && entry.name.len() <= 255);
             assert!(!entry.name.contains(&0) && !entry.name.contains(&b'/'));
             assert!(previous < Some(entry.name), "names are sorted");
             previous = Some(entry.name);
             // A block whose first name is damaged hides others from a lookup, but never changes what is found.
             if let Ok(Some(found)) = tree.lookup(dir, entry.name) {
-                assert_eq!(found, (entry.nid, entry.d_type));
+                if found != (entry.nid, entry.d_type) {
+                    differs.get_or_insert((entry, found));
+                }
             }
             if seen % 64 == 1 {
                 let next = tree.entries(dir, entry.next_cookie).next();
@@ -51,6 +58,7 @@ impl Walk<'_> {
                 return;
             }
         }
+        assert!(differs.is_none(), "a name is two: {differs:?}");
         for name in [&b"."[..], b"", b"big", b"\xff\xff", &[b'n'; 300]] {
             let _ = tree.lookup(dir, name);
         }

@@ -427,16 +427,24 @@ impl Worker {
 
     /// Serves until there is nothing more to do, disk reads included. Panics when that never comes.
     pub fn turn(&mut self) {
+        assert!(self.turn_for(10_000), "the thread finds no end");
+    }
+
+    /// The same, for at most so many `rounds` at a time. False when there is more to do even then: where rings lie upon
+    /// each other, each answer may be another request.
+    pub fn turn_for(&mut self, rounds: usize) -> bool {
         loop {
             let thread = self.thread.as_mut().expect("a thread");
             thread.finish_pool();
-            let mut left = 10_000;
+            let mut left = rounds;
             while thread.unpark() || thread.round() {
                 left -= 1;
-                assert!(left > 0, "the thread finds no end");
+                if left == 0 {
+                    return false;
+                }
             }
             if !self.pool.is_busy() {
-                return;
+                return true;
             }
             std::thread::yield_now();
         }
