@@ -298,20 +298,26 @@ async def test_a_proxy_with_a_ping_url_is_pinged_before_it_gets_requests_again(
         await read(s, sim)
         asked = len(proxy.log)
         proxy.status = None
-        for n in range(1, 3):
+        moves = 0
+
+        async def after_a_rest() -> None:
+            # A ping may end after the clock was moved; its rest then begins there.
+            nonlocal moves
+            moves += 1
             clock.now += 1000
             await asyncio.gather(*(read(s, sim, k) for k in range(5)))
+            await asyncio.sleep(0.01)
+
+        for n in range(1, 3):
             async with asyncio.timeout(30):
-                while len(health.log) < n:  # noqa: ASYNC110  (another thread)
-                    await asyncio.sleep(0.01)
+                while len(health.log) < n:
+                    await after_a_rest()
         assert len(proxy.log) == asked
         health.status = 200
-        clock.now += 1000
-        await read(s, sim)
         async with asyncio.timeout(30):
             while len(proxy.log) == asked:
-                await read(s, sim)
-        assert len(health.log) == 3
+                await after_a_rest()
+        assert 3 <= len(health.log) <= moves
         await s.close()
 
 
