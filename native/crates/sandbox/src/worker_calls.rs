@@ -39,6 +39,7 @@ const PLAIN: &[c_long] = &[
     libc::SYS_preadv,
     libc::SYS_readv,
     libc::SYS_writev,
+    SYS_CACHESTAT,
     // Memory: guest regions, tables, heap, stacks. mmap and mprotect: below.
     libc::SYS_munmap,
     libc::SYS_mremap,
@@ -154,6 +155,9 @@ fn rules(pid: u32) -> Vec<Rule> {
     ]);
     rules
 }
+
+/// linux/mman.h, Linux 6.5; one number for all architectures that we build for.
+const SYS_CACHESTAT: c_long = 451;
 
 /// linux/prctl.h; not in every version of the libc crate.
 const PR_SET_VMA: u32 = 0x5356_4d41;

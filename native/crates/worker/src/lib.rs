@@ -23,6 +23,7 @@ mod parked;
 mod pool;
 mod queue;
 mod read;
+mod residency;
 mod serve;
 mod spin;
 #[cfg(any(test, feature = "testing"))]

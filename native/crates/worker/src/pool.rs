@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread;
 
 use crate::fds::write_event;
@@ -52,9 +52,23 @@ pub struct Finished {
     pub waited: bool,
 }
 
+/// A read whose data is on its way from the disk, and the buffer for it.
+struct Begun {
+    job: Job,
+    data: Vec<u8>,
+}
+
+/// What a thread does next.
+enum Step {
+    Begin(Job),
+    Wait(Begun),
+}
+
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
+    /// What nobody waits for yet.
+    begun: VecDeque<Begun>,
     /// Pieces of all jobs that wait.
     pieces: usize,
     /// Bytes of all reads that have begun and were not taken back by a ring thread.
@@ -118,8 +132,7 @@ impl Pool {
         }
         state.pieces += job.pieces.len();
         state.jobs.push_back(job);
-        drop(state);
-        self.available.notify_one();
+        self.wake_one(state);
         true
     }
 
@@ -132,14 +145,15 @@ impl Pool {
         let mut state = self.lock();
         state.bytes -= bytes_of(&finished.pieces);
         // Threads that wait for a job need not hear of memory.
-        if !state.jobs.is_empty() {
+        if !state.jobs.is_empty() && state.idle > 0 {
             self.available.notify_all();
         }
         Some(finished)
     }
 
-    /// The next job that memory is left for.
-    fn next_job(&self) -> Job {
+    /// What to do next: all that memory is left for is begun before anything is waited for, so that the disk has it all
+    /// to choose from.
+    fn next_step(&self) -> Step {
         let mut state = self.lock();
         loop {
             let next = state.jobs.front().map(|job| bytes_of(&job.pieces));
@@ -147,8 +161,11 @@ impl Pool {
                 if let Some(job) = state.jobs.pop_front() {
                     state.bytes += bytes;
                     state.pieces -= job.pieces.len();
-                    return job;
+                    return Step::Begin(job);
                 }
+            }
+            if let Some(begun) = state.begun.pop_front() {
+                return Step::Wait(begun);
             }
             state.idle += 1;
             state = self
@@ -156,6 +173,22 @@ impl Pool {
                 .wait(state)
                 .unwrap_or_else(|e| e.into_inner());
             state.idle -= 1;
+        }
+    }
+
+    /// Leaves a read to whoever has nothing to begin.
+    fn wait_later(&self, begun: Begun) {
+        let mut state = self.lock();
+        state.begun.push_back(begun);
+        self.wake_one(state);
+    }
+
+    /// Waking a thread is a system call even when none sleeps.
+    fn wake_one(&self, state: MutexGuard<'_, State>) {
+        let sleeps = state.idle > 0;
+        drop(state);
+        if sleeps {
+            self.available.notify_one();
         }
     }
 
@@ -172,55 +205,73 @@ impl Pool {
         self.finished[thread].lock().unwrap().len()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn work(&self) {
         loop {
-            let job = self.next_job();
-            let data = read_all(&job.pieces);
-            let Job {
-                ticket,
-                pieces,
-                taken_ns,
-                waited,
-                ..
-            } = job;
-            let done = Finished {
-                ticket,
-                pieces,
-                data,
-                taken_ns,
-                waited,
-            };
-            self.finished[job.thread]
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .push_back(done);
-            write_event(self.events[job.thread]);
+            match self.next_step() {
+                Step::Begin(job) => {
+                    let mut data = vec![0; bytes_of(&job.pieces)];
+                    match read_all(&job.pieces, &mut data, libc::RWF_NOWAIT) {
+                        Ok(()) => self.finish(job, Ok(data)),
+                        // Not there, or a file system that cannot tell: who reads it has to wait.
+                        Err(libc::EAGAIN | libc::EOPNOTSUPP) => {
+                            self.wait_later(Begun { job, data });
+                        }
+                        Err(errno) => self.finish(job, Err(errno)),
+                    }
+                }
+                Step::Wait(Begun { job, mut data }) => {
+                    let result = read_all(&job.pieces, &mut data, 0);
+                    self.finish(job, result.map(|()| data));
+                }
+            }
             // A fast disk never lets this thread sleep: ring threads would wait until its slice is over.
             thread::yield_now();
         }
     }
+
+    fn finish(&self, job: Job, data: Result<Vec<u8>, i32>) {
+        let Job {
+            thread,
+            ticket,
+            pieces,
+            taken_ns,
+            waited,
+        } = job;
+        let done = Finished {
+            ticket,
+            pieces,
+            data,
+            taken_ns,
+            waited,
+        };
+        self.finished[thread]
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .push_back(done);
+        write_event(self.events[thread]);
+    }
 }
 
-fn read_all(pieces: &[Piece]) -> Result<Vec<u8>, i32> {
-    let mut data = vec![0u8; bytes_of(pieces)];
+/// Fills `data` with the bytes of `pieces`; the errno if that cannot be. `flags` are those of preadv2, for what has a
+/// disk behind it.
+fn read_all(pieces: &[Piece], data: &mut [u8], flags: i32) -> Result<(), i32> {
     let mut at = 0;
     for piece in pieces {
         let end = at + piece.len as usize;
         let mut offset = piece.offset;
         while at < end {
-            // SAFETY: reads at most `end - at` bytes into the buffer from `at`.
-            let n = unsafe {
-                libc::pread(
-                    piece.fd,
-                    data[at..end].as_mut_ptr().cast(),
-                    end - at,
-                    offset as libc::off_t,
-                )
+            let part = libc::iovec {
+                iov_base: data[at..end].as_mut_ptr().cast(),
+                iov_len: end - at,
             };
+            // A memfd knows no RWF_NOWAIT, and never makes anybody wait.
+            let flags = if piece.in_memory { 0 } else { flags };
+            // SAFETY: reads at most `end - at` bytes into the buffer from `at`.
+            let n = unsafe { libc::preadv2(piece.fd, &part, 1, offset as libc::off_t, flags) };
             match n {
                 0 => return Err(libc::EIO),
                 n if n > 0 => {
@@ -238,7 +289,7 @@ fn read_all(pieces: &[Piece]) -> Result<Vec<u8>, i32> {
             }
         }
     }
-    Ok(data)
+    Ok(())
 }
 
 #[cfg(test)]

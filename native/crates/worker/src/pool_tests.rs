@@ -1,6 +1,6 @@
 //! The pool's memory does not follow what a guest asks for.
 
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 
 use super::*;
 
@@ -116,4 +116,33 @@ fn a_file_that_ends_early_is_an_error() {
     let errors: Vec<_> = ended.iter().filter_map(|f| f.data.as_ref().err()).collect();
     assert_eq!(errors.len(), 2);
     assert!(errors.contains(&&libc::EIO) && errors.contains(&&libc::EBADF));
+}
+
+#[test]
+fn what_is_in_the_page_cache_and_what_is_not_come_both() {
+    let path = std::env::temp_dir().join(format!("pool-{}", std::process::id()));
+    let bytes: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
+    std::fs::write(&path, &bytes).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    file.sync_all().unwrap();
+    // SAFETY: plain call on an open file.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 512 << 10, 0, libc::POSIX_FADV_DONTNEED) };
+    let (pool, fd) = (pool(), file.into_raw_fd());
+    let places: Vec<u64> = (0..16).map(|n| n * 65_521).collect();
+    for (head, offset) in places.iter().enumerate() {
+        let mut job = job(fd, 1, 4096);
+        job.ticket.head = head as u16;
+        job.pieces[0].offset = *offset;
+        assert!(pool.submit(job));
+    }
+    let mut ended = Vec::new();
+    while ended.len() < places.len() {
+        ended.extend(pool.take_finished(0));
+    }
+    for finished in ended {
+        let at = places[usize::from(finished.ticket.head)] as usize;
+        assert_eq!(finished.data.unwrap(), bytes[at..at + 4096]);
+    }
+    assert!(!pool.is_busy());
 }

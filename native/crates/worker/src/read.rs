@@ -11,6 +11,7 @@ use crate::mount::Mount;
 use crate::ops::{Errno, inode};
 use crate::parked::ChunkId;
 use crate::pool::Piece;
+use crate::residency::Residency;
 
 /// How a READ went.
 pub enum ReadOutcome {
@@ -32,6 +33,7 @@ pub struct Reader {
     segments: Vec<Segment>,
     /// preadv2(RWF_NOWAIT) is refused by these descriptors' file systems; the pool reads them, or memory does.
     blocking: Vec<RawFd>,
+    residency: Residency,
     /// The file that was read last is executable by somebody.
     pub executable: bool,
 }
@@ -171,6 +173,9 @@ impl Reader {
             if self.blocking.contains(&first.fd) && !first.in_memory {
                 return Ok(false);
             }
+            if !first.in_memory && self.residency.is_absent(&first, len) {
+                return Ok(false);
+            }
             let mut done = 0;
             while done < len {
                 self.segments.clear();
@@ -184,7 +189,10 @@ impl Reader {
                         at += n;
                     }
                     Err(libc::EINTR) => {}
-                    Err(libc::EAGAIN) => return Ok(false),
+                    Err(libc::EAGAIN) => {
+                        self.residency.missed(&first);
+                        return Ok(false);
+                    }
                     Err(libc::EOPNOTSUPP) => {
                         self.blocking.push(first.fd);
                         return Ok(false);
