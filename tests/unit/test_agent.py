@@ -21,6 +21,7 @@ from virtiofsd_rafs.native.store import Store
 from virtiofsd_rafs.runtime import agent as agent_module
 from virtiofsd_rafs.runtime.agent import Agent
 from virtiofsd_rafs.runtime.metrics import Metrics
+from virtiofsd_rafs.runtime.outage import FAILURES
 
 # A guard against hanging, not an expectation.
 HANG_S = 60.0
@@ -201,6 +202,22 @@ async def test_posts_become_fetches_and_wakes(image: MadeImage, cache: Path) -> 
         assert record.started_ns <= record.ended_ns
         assert r.metrics.bytes_fetched == sum(length for _, length in r.source.calls)
     check_data(cache, image, *range(3, len(image.chunks)))
+
+
+async def test_an_outage_is_told_once_and_so_is_its_end(
+    image: MadeImage, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    away = [fails(Unreachable("away"))] * 40
+    async with rig(image, cache, ScriptedSource(image, *away)) as r:
+        chunks = range(len(image.chunks))
+        r.session.post(*chunks)
+        await r.until(lambda: r.agent.outage_s > 0)
+        await r.until_ready(*chunks)
+        await r.until(lambda: r.agent.outage_s == 0)
+    assert caplog.text.count("nothing comes from the source") == 1
+    assert caplog.text.count("the source delivers again, after ") == 1
+    assert caplog.text.count("away (try ") <= FAILURES + 16  # of all connections
 
 
 async def test_what_was_posted_before_the_start_is_served(image: MadeImage, cache: Path) -> None:

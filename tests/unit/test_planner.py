@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -455,6 +456,71 @@ def test_each_request_gets_a_last_try_before_its_end() -> None:
         now = p.next_event()
     assert tries == [0.0, 11.0, 19.0]
     assert (p.waiting, p.counters.expired) == (0, 1)
+
+
+def away(p: Planner, until: float) -> list[float]:
+    """When fetches started that all failed at once, until then."""
+    tries: list[float] = []
+    now: float | None = 0.0
+    while now is not None and now < until:
+        for fetch in p.next_fetches(now):
+            tries.append(now)
+            p.failed(fetch.fetch_id, now)
+        now = p.next_event()
+    return tries
+
+
+def test_a_source_that_is_away_is_asked_once_a_second_however_many_wait() -> None:
+    """64 requests would ask it a dozen times a second."""
+    p = planner(Blob([10] * 64), amplify=0, io_deadline_s=90.0, retry_first_s=0.2, retry_cap_s=5.0)
+    post(p, *range(64))
+    tries = away(p, 60.0)
+    assert tries.count(0.0) == 8  # as many as there are connections: nothing was known yet
+    late = [at for at in tries if at > 10.0]
+    assert 45 <= len(late) <= 51
+    assert p.waiting == 64
+
+
+def test_when_the_source_is_back_nobody_pauses_any_more() -> None:
+    p = planner(Blob([10] * 64), amplify=0, io_deadline_s=90.0, retry_first_s=0.2, retry_cap_s=5.0)
+    post(p, *range(64))
+    away(p, 30.0)
+    now = p.next_event() or 0.0
+    assert now >= 30.0
+    (fetch,) = p.next_fetches(now)
+    p.stored(fetch.fetch_id, [], now)
+    done = set(fetch.chunks)
+    while fetches := p.next_fetches(now):
+        for fetch in fetches:
+            p.stored(fetch.fetch_id, [], now)
+            done |= set(fetch.chunks)
+    assert done == set(range(64))
+    assert p.counters.expired == 0
+
+
+def test_each_request_has_a_last_try_also_when_many_wait() -> None:
+    """Each second somebody asks: who waits until 12.5 is answered if the source is back at 11.4."""
+    p = planner(Blob([10] * 64), amplify=0, io_deadline_s=12.5, retry_first_s=5.0, retry_cap_s=5.0)
+    post(p, *range(64))
+    tries = away(p, 12.5)
+    assert any(11.4 <= at < 12.5 for at in tries)
+    assert max(b - a for a, b in itertools.pairwise(tries) if b > 6.0) <= 1.001
+
+
+def test_what_another_try_can_hardly_cure_is_no_outage() -> None:
+    p = planner(Blob([10] * 64), amplify=0)
+    post(p, *range(64))
+    for _ in range(8):
+        for fetch in p.next_fetches(0.0):
+            p.failed(fetch.fetch_id, 0.0, hopeless=True)
+    assert p.outage.since is None
+
+
+def test_a_fill_asks_a_source_that_is_away_as_seldom() -> None:
+    p = planner(Blob([100 * KIB] * 64), amplify=0, retry_first_s=0.2, retry_cap_s=5.0)
+    p.background.fill()
+    late = [at for at in away(p, 60.0) if at > 10.0]
+    assert 0 < len(late) <= 51
 
 
 def test_a_server_that_asks_for_a_pause_is_not_asked_earlier() -> None:

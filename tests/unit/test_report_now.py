@@ -54,6 +54,7 @@ def status(**fields: Any) -> dict[str, Any]:
             "bytes_fetched": 5_000_000,
             "chunks_waiting": 2,
             "fetches_in_flight": 1,
+            "outage_s": 61.0,
             "first_start": {"listed_chunks": 40, "prefetching": True, "fill": "waiting"},
             "sources": [
                 {
@@ -104,6 +105,7 @@ def test_one_screen() -> None:
         "the disk refused 1 time",
         "250.0 kB/s over the last 10 s, 1 fetch under way; 5.0 MB in 9 requests so far",
         "2 of them failed: backend.timeout (2)",
+        "nothing has come for 61.0 s: asked again until it does",
         "prefetching 40 listed chunks",
         "background fill: waiting",
         "mirror:5000  resting for 4.50 s  9 requests  2 failed",

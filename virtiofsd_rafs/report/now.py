@@ -115,6 +115,8 @@ def _traffic(status: dict[str, Any]) -> Iterator[str]:
     if failed:
         kinds = ", ".join(f"{printable(msgid)} ({n})" for msgid, n in sorted(failed.items()))
         yield f"{sum(failed.values())} of them failed: {kinds}"
+    if agent.get("outage_s"):
+        yield f"nothing has come for {duration(agent['outage_s'])}: asked again until it does"
     first = agent.get("first_start", {})
     if first.get("prefetching"):
         yield f"prefetching {count(first.get('listed_chunks', 0), 'listed chunk')}"

@@ -301,6 +301,7 @@ class Agent:
             await self._distrust(fetch, outcomes)
             result = OUTCOME_NAMES[next((o for o in outcomes if o != OK), OK)]
             told = True
+            self._tell_outage_end()
             self.planner.stored(fetch.fetch_id, bad, time.monotonic())
             if len(bad) < len(fetch.chunks):
                 self._session.wake()
@@ -448,8 +449,17 @@ class Agent:
         self.planner.retry_now()
         self._pump()
 
+    @property
+    def outage_s(self) -> float:
+        """Seconds for which nothing has come, whatever was tried; 0 while the source delivers."""
+        since = self.planner.outage.since
+        return 0.0 if since is None else time.monotonic() - since
+
     def _failed(self, fetch: Fetch, error: VirtiofsdRafsError) -> None:
-        _log.warning(
+        was_away = self.planner.outage.since is not None
+        # What is tried during an outage fails as expected.
+        _log.log(
+            logging.DEBUG if was_away else logging.WARNING,
             "%d bytes at %d of blob %s: %s: %s (try %d)",
             fetch.length,
             fetch.offset,
@@ -464,6 +474,12 @@ class Agent:
             retry_after_s=error.retry_after_s if isinstance(error, Throttled) else None,
             hopeless=not (isinstance(error, BackendError) and error.retryable),
         )
+        if self.planner.outage.since is not None and not was_away:
+            _log.warning("nothing comes from the source: it is asked again until it delivers")
+
+    def _tell_outage_end(self) -> None:
+        if self.planner.outage.since is not None:
+            _log.warning("the source delivers again, after %.1f s", self.outage_s)
 
     def _record(self, fetch: Fetch, started_ns: int, result: str) -> FetchRecord:
         origin = fetch.origin

@@ -184,6 +184,7 @@ FAMILIES = {
     "image_complete": ("gauge", "1 while all of the image is on the cache disk."),
     "chunks_waiting": ("gauge", "Chunks that requests wait for now."),
     "fetches_in_flight": ("gauge", "Fetches under way."),
+    "outage_seconds": ("gauge", "Since when nothing comes, whatever is tried; 0 while the source delivers."),
     "cache_chunks": ("gauge", "Chunks of the image by state."),
     "cache_chunks_touched": ("gauge", "Chunks that reads were answered from."),
     "cache_disk_errors_total": ("counter", "How often the cache disk refused."),

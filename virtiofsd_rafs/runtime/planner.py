@@ -15,7 +15,8 @@ it is fetched here as well, and nothing is left to others for a while: the other
 
 A failed fetch puts its wants back, later and alone or with other wants, never with read-ahead: a bad
 neighbour must not harm them twice. What was only read ahead is forgotten. A want whose deadline has passed is
-dropped; the chunk is absent then, and the next post starts anew.
+dropped; the chunk is absent then, and the next post starts anew. While nothing comes at all, tries are spaced
+(:mod:`~virtiofsd_rafs.runtime.outage`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from virtiofsd_rafs.runtime.background import BACKGROUND_MIN, Background, Load
 from virtiofsd_rafs.runtime.layout import Layout
 from virtiofsd_rafs.runtime.left import Left
 from virtiofsd_rafs.runtime.link import Link
+from virtiofsd_rafs.runtime.outage import Outage
 from virtiofsd_rafs.runtime.readahead import ReadAhead
 from virtiofsd_rafs.runtime.wants import Counters, Fetch, Origin, Posted, Wait, Want
 
@@ -123,6 +125,8 @@ class Planner:
         self._last_demand = float("-inf")
         self._found_ready = False
         self._left = Left(blobs)
+        self._reserve_s = min(LAST_TRY_S, io_deadline_s * LAST_TRY)
+        self.outage = Outage(first_s=retry_first_s, cap_s=min(retry_cap_s, self._reserve_s), rng=rng)
         self.counters = Counters()
 
     # -- what happens ---------------------------------------------------------------------------------------
@@ -175,6 +179,8 @@ class Planner:
         """A fetch has ended; its chunks are stored, except *bad* ones, whose bytes were wrong."""
         fetch = self._end(fetch_id, now)
         self.link.ended(fetch.started, now, fetch.length)
+        if self.outage.ended():
+            self._end_pauses()
         if fetch.reason != "demand":
             self.background.worked()
         for chunk in bad:
@@ -199,13 +205,19 @@ class Planner:
         if fetch.reason != "demand":
             left = [(fetch.blob, chunk) for chunk in fetch.chunks if chunk not in fetch.wants]
             self.background.failed(fetch.reason, left, now + asked, self._rng(), hopeless=hopeless)
+        if not hopeless:
+            self.outage.failed(now)
 
     def retry_now(self) -> None:
         """Ends all pauses: the reason for the failures may be gone."""
+        self.outage.ended()
+        self._end_pauses()
+        self._paused_until = 0.0
+
+    def _end_pauses(self) -> None:
         self._queue.update(self._delayed)
         self._delayed.clear()
         self._delayed_heap.clear()
-        self._paused_until = 0.0
 
     def _end(self, fetch_id: int, now: float) -> Fetch:
         fetch = self._fetches.pop(fetch_id)
@@ -230,7 +242,7 @@ class Planner:
         request counts: time does not mend them.
         """
         want.attempts += 1
-        reserve = min(LAST_TRY_S, self._io_deadline_s * LAST_TRY)
+        reserve = self._reserve_s
         end = want.deadline if want.alone else want.next_due(now + reserve)
         at = now + pause
         if now < end - reserve < at:
@@ -265,7 +277,7 @@ class Planner:
         if now < self._paused_until:
             return []
         fetches = []
-        while self._queue and len(self._fetches) < self._connections:
+        while self._queue and len(self._fetches) < self._connections and self.outage.next_try <= now:
             key, want = next(iter(self._queue.items()))
             del self._queue[key]
             if want.deadline <= now:
@@ -278,6 +290,7 @@ class Planner:
                 self._left.put(want, now)
             else:
                 fetches.append(self._plan(want, now))
+                self.outage.tried(now)
         if self.background and not self._queue:
             self._plan_background(fetches, now)
         return fetches
@@ -324,16 +337,15 @@ class Planner:
 
     def next_event(self) -> float | None:
         """When :meth:`next_fetches` has something to do without a new event; None: never."""
-        if self._queue and len(self._fetches) < self._connections:
-            return self._paused_until
         events = [self._delayed_heap[0][0]] if self._delayed_heap else []
         if self._left:
             events.append(self._left.next_look)
-        if self._queue:
-            return min(events, default=None)
-        background = self.background.next_event(self._load()) if self.background else None
-        if background is not None:
-            events.append(background)
+        if self._queue and len(self._fetches) < self._connections:
+            events.append(self.outage.next_try)
+        elif not self._queue and self.background:
+            background = self.background.next_event(self._load())
+            if background is not None:
+                events.append(background)
         return max(min(events), self._paused_until) if events else None
 
     @property
@@ -400,7 +412,7 @@ class Planner:
                     start = min(start, at)
             # With more wants than connections, reading ahead would only make them wait longer.
             room = self._connections - len(self._fetches) - 1
-            read_ahead = want.attempts == 0 and len(self._queue) <= room
+            read_ahead = want.attempts == 0 and len(self._queue) <= room and self.outage.since is None
             waited_for = sum(fetch.length for fetch in self._fetches.values() if fetch.wants)
             window = self._read_ahead.window(layout, blob, offsets[chunk], waited_for)
             span = max(window.ahead, self._amplify)

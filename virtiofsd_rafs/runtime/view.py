@@ -225,6 +225,7 @@ class View:
                 "first_start": self._agent.first_start.status(),
                 "chunks_waiting": planner.waiting,
                 "fetches_in_flight": planner.in_flight,
+                "outage_s": self._agent.outage_s,
                 "connections": attrs.asdict(CONNECTIONS),
                 "cache": {
                     "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
@@ -362,6 +363,7 @@ class View:
             Sample("image_complete", int(is_complete(store, self._mounted.blob_ids))),
             Sample("chunks_waiting", planner.waiting),
             Sample("fetches_in_flight", planner.in_flight),
+            Sample("outage_seconds", self._agent.outage_s),
             Sample("cache_disk_errors_total", stats.disk_errors),
             Sample("cache_bytes", eviction.counters.cache_bytes),
             Sample("cache_limit_bytes", eviction.limit),
