@@ -5,7 +5,6 @@ Beside the daemons there are the registry (in the command's own process), all VM
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import re
 import tempfile
@@ -74,17 +73,17 @@ def traffic_of(sim: RegistrySimulator, digest: str, n: int) -> list[Traffic]:
     return [traffic(each) for each in spans.values()]
 
 
-def targets(fe: Frontend, tree: Path) -> tuple[list[Target], int]:
-    """All files with the digests of their blocks, and how many blocks there are."""
+def targets(fe: Frontend, tree: Path, content: Path) -> tuple[list[Target], int]:
+    """All files, and how many blocks they have. Their bytes go into *content*: one mapping for them all."""
     found, n_blocks = [], 0
-    for path in sorted(p for p in tree.rglob("*") if p.is_file()):
-        data = path.read_bytes()
-        blocks = [data[at : at + _BLOCK] for at in range(0, len(data), _BLOCK)]
-        digests = b"".join(hashlib.sha256(block).digest() for block in blocks)
-        node = fe.resolve(str(path.relative_to(tree))).nodeid
-        if blocks:
-            found.append(Target(node, len(data), digests=digests))
-            n_blocks += len(blocks)
+    with content.open("wb") as out:
+        for path in sorted(p for p in tree.rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            node = fe.resolve(str(path.relative_to(tree))).nodeid
+            if data:
+                found.append(Target(node, len(data), content=content, content_offset=out.tell()))
+                out.write(data)
+                n_blocks += -(-len(data) // _BLOCK)
     return found, n_blocks
 
 
@@ -92,11 +91,12 @@ def play_vms(sockets: Sequence[Path], tree: Path, pipe: Connection) -> None:
     """The process of the VMs: says "ready", waits for a word, reads; sends seconds and faults of each VM."""
     results: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vr-")))
         vms = [stack.enter_context(Frontend.connect(s, memory=32 * _MiB, timeout_s=120)) for s in sockets]
         for fe in vms:
             fe.start()
             fe.init()
-        everything, n_blocks = targets(vms[0], tree)
+        everything, n_blocks = targets(vms[0], tree, folder / "content")
         op = Op("read", everything, _BLOCK, random=False)
         load = Load([op], depth=_DEPTH, count=n_blocks, canaries=False, stall_s=120)
 

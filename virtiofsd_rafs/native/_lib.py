@@ -26,7 +26,7 @@ except ImportError as e:
 ffi: Any = _ffi
 lib: Any = _lib
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 if lib.vr_abi_version() != ABI_VERSION:
     raise ImportError(
         f"virtiofsd_rafs._native speaks ABI {lib.vr_abi_version()}, the package {ABI_VERSION}: "

@@ -23,6 +23,7 @@ from virtiofsd_rafs.runtime.ingest import Ingest
 from virtiofsd_rafs.runtime.metrics import FetchRecord, Metrics, Stalls, runs_of
 from virtiofsd_rafs.runtime.planner import Planner
 from virtiofsd_rafs.runtime.wants import NOBODY, Origin, Posted
+from virtiofsd_rafs.runtime.watching import Watching
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Coroutine, Mapping, Sequence
@@ -135,6 +136,7 @@ class Agent:
         self.stalls = Stalls()
         self._streams: Streams | None = None
         self._ingest = Ingest(store)
+        self._watching = Watching(store, self._left_changed)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -165,6 +167,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.eviction.close()
+        self._watching.close()
         self._ingest.close()
 
     # -- posts ----------------------------------------------------------------------------------------------
@@ -225,11 +228,12 @@ class Agent:
             self._spawn(self._fetch(fetch))
         if self.planner.take_found_ready():
             self._session.wake()
+        self._watching.follow(self.planner.left)
         self._set_timer(now)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if not self._tasks and self._ingest.has_threads:
+        if not self._tasks and self._has_threads:
             self._idle_timer = self._loop.call_later(IDLE_S, self._relax)
 
     def _set_timer(self, now: float) -> None:
@@ -246,15 +250,20 @@ class Agent:
 
     def _timer_fired(self) -> None:
         self._timer = None
-        now = time.monotonic()
-        if self.planner.nothing_came(now):
-            self._set_timer(now)
-        else:
-            self._pump()
+        self._pump()
+
+    def _left_changed(self) -> None:
+        self.planner.left.changed()
+        self._pump()
+
+    @property
+    def _has_threads(self) -> bool:
+        return self._ingest.has_threads or self._watching.has_thread
 
     def _relax(self) -> None:
         """Gives back what only a busy agent needs."""
-        if not self._tasks and self._ingest.has_threads:
+        if not self._tasks and not self.planner.left and self._has_threads:
+            self._watching.close()
             self._ingest.close()
             trim()
             self.first_start.settled()

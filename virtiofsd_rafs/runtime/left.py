@@ -1,7 +1,5 @@
-"""Wants for chunks that other daemons on the same cache directory say that they are fetching.
-
-They are looked at again and again, at little cost: dozens of daemons may wait for the same bytes. No I/O and
-no clock.
+"""Wants for chunks that other daemons on the same cache directory say that they are fetching. No I/O and no
+clock: who looks at the states for us says when one has changed (:mod:`~virtiofsd_rafs.runtime.watching`).
 """
 
 from __future__ import annotations
@@ -14,10 +12,8 @@ if TYPE_CHECKING:
     from virtiofsd_rafs.runtime.layout import Chunks, Key
     from virtiofsd_rafs.runtime.wants import Want
 
-# For so long a chunk is left to another daemon. It is looked at first after the smaller of these pauses, then
-# after half the time that has passed, at most after the larger.
+# For so long a chunk is left to another daemon.
 LEFT_S = 1.0
-LEFT_LOOK_S = (0.01, 0.1)
 # After one that did not come, for so long nothing is left to others.
 LEFT_MISTRUST_S = 30.0
 
@@ -34,6 +30,8 @@ class Left:
         self._wants: dict[Key, Want] = {}
         self._next_look = float("inf")
         self._mistrust_until = float("-inf")
+        self.version = 0
+        """Another number for each set of wants, never below 1 once there was one."""
 
     def __contains__(self, key: Key) -> bool:
         return key in self._wants
@@ -47,9 +45,19 @@ class Left:
         return self._wants.values()
 
     @property
+    def keys(self) -> Collection[Key]:
+        """Their chunks."""
+        return self._wants.keys()
+
+    @property
     def next_look(self) -> float:
-        """When to look again; infinity when there is nothing to look at."""
+        """When one has been here for too long; infinity when there is none, the past when one has changed."""
         return self._next_look
+
+    def changed(self) -> None:
+        """One of the chunks is not being fetched any more."""
+        if self._wants:
+            self._next_look = float("-inf")
 
     def get(self, key: Key) -> Want | None:
         """The want for chunk *key*, if it is here."""
@@ -69,6 +77,7 @@ class Left:
     def put(self, want: Want, now: float) -> None:
         """Takes *want* in, for which :meth:`may_take` is true."""
         self._wants[want.key] = want
+        self.version += 1
         self._look_by(want, now)
 
     def look(self, now: float) -> list[Want]:
@@ -85,8 +94,9 @@ class Left:
                 self._look_by(want, now)
         for want in back:
             del self._wants[want.key]
+        self.version += bool(back)
         return back
 
     def _look_by(self, want: Want, now: float) -> None:
-        waited = 0.0 if want.left_since is None else now - want.left_since
-        self._next_look = min(self._next_look, now + min(max(waited / 2, LEFT_LOOK_S[0]), LEFT_LOOK_S[1]))
+        since = now if want.left_since is None else want.left_since
+        self._next_look = min(self._next_look, since + LEFT_S, want.deadline)

@@ -10,8 +10,8 @@ While nobody waits, or the link has room beside those who do, lists are prefetch
 (:mod:`~virtiofsd_rafs.runtime.background`). Who then wants such a chunk joins its fetch.
 
 Daemons that share a cache directory see which chunks the others fetch. A want for such a chunk is left to
-them for up to a second, and looked at again and again meanwhile (:mod:`~virtiofsd_rafs.runtime.left`). Then
-it is fetched here as well, and nothing is left to others for a while: the other daemon may be dead, or slow.
+them for up to a second (:mod:`~virtiofsd_rafs.runtime.left`). Then it is fetched here as well, and nothing is
+left to others for a while: the other daemon may be dead, or slow.
 
 A failed fetch puts its wants back, later and alone or with other wants, never with read-ahead: a bad
 neighbour must not harm them twice. What was only read ahead is forgotten. A want whose deadline has passed is
@@ -124,7 +124,7 @@ class Planner:
         self._demanding = 0  # fetches that somebody waits for
         self._last_demand = float("-inf")
         self._found_ready = False
-        self._left = Left(blobs)
+        self.left = Left(blobs)
         self._reserve_s = min(LAST_TRY_S, io_deadline_s * LAST_TRY)
         self.outage = Outage(first_s=retry_first_s, cap_s=min(retry_cap_s, self._reserve_s), rng=rng)
         self.counters = Counters()
@@ -143,7 +143,7 @@ class Planner:
         taken = now if since is None else min(now, max(since, now - self._io_deadline_s))
         deadline = taken + self._io_deadline_s
         waiting = (
-            self._queue.get(key) or self._left.get(key) or self._delayed.get(key) or self._verifying.get(key)
+            self._queue.get(key) or self.left.get(key) or self._delayed.get(key) or self._verifying.get(key)
         )
         if waiting is not None:
             waiting.wait(deadline)
@@ -273,7 +273,7 @@ class Planner:
         while self._delayed_heap and self._delayed_heap[0][0] <= now:
             _, _, key = heapq.heappop(self._delayed_heap)
             self._queue[key] = self._delayed.pop(key)
-        self._look(now)
+        self._queue.update((want.key, want) for want in self.left.look(now))
         if now < self._paused_until:
             return []
         fetches = []
@@ -286,28 +286,14 @@ class Planner:
                 self._found_ready = True  # another daemon was quicker
                 if want.left_since is not None:
                     self._came_from_another(key)
-            elif self._left.may_take(want, now):
-                self._left.put(want, now)
+            elif self.left.may_take(want, now):
+                self.left.put(want, now)
             else:
                 fetches.append(self._plan(want, now))
                 self.outage.tried(now)
         if self.background and not self._queue:
             self._plan_background(fetches, now)
         return fetches
-
-    def nothing_came(self, now: float) -> bool:
-        """Whether all that is to be done now was a look at what others fetch, and nothing of it is there.
-
-        A cheap answer to most of the events that :meth:`next_event` foretells while many daemons read.
-        """
-        other = self._queue or self.background or (self._delayed_heap and self._delayed_heap[0][0] <= now)
-        return not other and self._left.next_look <= now and not self._look(now)
-
-    def _look(self, now: float) -> bool:
-        """Queues what was left to others and is so no longer; whether there is any."""
-        back = self._left.look(now)
-        self._queue.update((want.key, want) for want in back)
-        return bool(back)
 
     def _plan_background(self, fetches: list[Fetch], now: float) -> None:
         """Adds to *fetches* what the link can carry beside what somebody waits for."""
@@ -326,7 +312,7 @@ class Planner:
         return Load(
             free=self._connections - len(self._fetches),
             n_bytes=self._bytes_in_flight,
-            demand=self._demanding > 0 or bool(self._queue or self._left or self._delayed or self._verifying),
+            demand=self._demanding > 0 or bool(self._queue or self.left or self._delayed or self._verifying),
             last_demand=self._last_demand,
         )
 
@@ -338,8 +324,8 @@ class Planner:
     def next_event(self) -> float | None:
         """When :meth:`next_fetches` has something to do without a new event; None: never."""
         events = [self._delayed_heap[0][0]] if self._delayed_heap else []
-        if self._left:
-            events.append(self._left.next_look)
+        if self.left:
+            events.append(self.left.next_look)
         if self._queue and len(self._fetches) < self._connections:
             events.append(self.outage.next_try)
         elif not self._queue and self.background:
@@ -367,14 +353,14 @@ class Planner:
     def waiting(self) -> int:
         """Chunks that somebody waits for."""
         fetching = sum(len(fetch.wants) for fetch in self._fetches.values())
-        return len(self._queue) + len(self._left) + len(self._delayed) + len(self._verifying) + fetching
+        return len(self._queue) + len(self.left) + len(self._delayed) + len(self._verifying) + fetching
 
     def waits(self, limit: int) -> list[Wait]:
         """What is waited for now, longest first, at most *limit*."""
         groups = (
             *((fetch.wants.values(), "fetching") for fetch in self._fetches.values()),
             (self._queue.values(), "queued"),
-            (self._left.wants, "left to another daemon"),
+            (self.left.wants, "left to another daemon"),
             (self._delayed.values(), "backing off"),
             (self._verifying.values(), "verifying"),
         )
@@ -477,7 +463,7 @@ class Planner:
     def _take(self, blob: int, chunk: int, wants: dict[int, Want], now: float) -> bool:
         """Moves the want for *chunk* from the queue into *wants*, if there is one that may have company."""
         want = self._queue.get((blob, chunk))
-        if want is None or want.alone or self._blobs[blob].ready(chunk) or self._left.may_take(want, now):
+        if want is None or want.alone or self._blobs[blob].ready(chunk) or self.left.may_take(want, now):
             return False
         del self._queue[blob, chunk]
         wants[chunk] = want
@@ -486,7 +472,7 @@ class Planner:
     def _absent(self, blob: int, chunk: int) -> bool:
         """Whether nothing is stored of *chunk* and nobody is busy with it."""
         key = (blob, chunk)
-        busy = (self._fetching, self._queue, self._left, self._delayed, self._verifying)
+        busy = (self._fetching, self._queue, self.left, self._delayed, self._verifying)
         if any(key in place for place in busy):
             return False
         chunks = self._blobs[blob]

@@ -13,12 +13,13 @@ pub mod rafs;
 pub mod sandbox;
 pub mod session;
 pub mod store;
+pub mod watch;
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Changes whenever a signature or a shared layout changes; checked when Python loads the library.
-pub const VR_ABI_VERSION: u32 = 3;
+pub const VR_ABI_VERSION: u32 = 4;
 
 /// A parameter is out of range or inconsistent.
 pub const VR_E_INVALID: i64 = -1;

@@ -28,6 +28,7 @@ mod store;
 mod sys;
 mod tables;
 mod view;
+mod watch;
 
 pub use disk::{BootId, Options, kernel_boot_id};
 pub use evict::{Goal, Sweep, reclaim, sweep};
@@ -40,3 +41,4 @@ pub use spill::SpillStats;
 pub use store::{Blob, Outcome, StateCounts, Store};
 pub use tables::Tables;
 pub use view::{BlobView, Extent, Location, Source};
+pub use watch::Watch;

@@ -11,7 +11,7 @@ use crate::decode::{Defect, digest_matches, with_decoded, with_scratch};
 use crate::disk::{BootId, Options};
 use crate::evict::{self, Goal, Sweep};
 use crate::fds::TableFds;
-use crate::layout::{ABSENT, MAX_HOLD_S, PRESENT, VERIFIED, state_of};
+use crate::layout::{ABSENT, FETCHING, MAX_HOLD_S, PRESENT, VERIFIED, state_of};
 use crate::protocol::{Stored, store_bytes};
 use crate::spec::BlobSpec;
 use crate::spill::{Spill, SpillStats};
@@ -316,6 +316,13 @@ impl Store {
             blob.tables.hint_fetching(*chunk, on);
         }
         Ok(())
+    }
+
+    /// Whether somebody says that they are fetching `chunk`.
+    pub fn is_hinted(&self, index: usize, chunk: u32) -> bool {
+        self.blob(index)
+            .and_then(|blob| blob.tables.state(chunk))
+            .is_some_and(|word| state_of(word.load(Ordering::Acquire)) == FETCHING)
     }
 
     /// Counts the promised chunks of blob `index` by state.

@@ -1,0 +1,123 @@
+//! A thread that looks, for whoever sleeps in an event loop, whether something has changed in shared memory.
+//!
+//! Daemons that share a cache directory tell each other nothing: who waits for what another one fetches has to look, again
+//! and again. In an interpreter, a look that finds nothing costs a hundred times as much as here.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+/// How long a change goes unseen, at most: a small part of what a chunk takes from a registry. Dozens of daemons may wait
+/// for the same chunk; those that see it at the same moment want a processor at the same moment.
+const LOOK: Duration = Duration::from_millis(25);
+
+struct State<T> {
+    watched: Vec<T>,
+    ends: bool,
+}
+
+struct Shared<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+    event: File,
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, is_unchanged: impl Fn(&T) -> bool) {
+        let mut state = self.lock();
+        while !state.ends {
+            if state.watched.is_empty() {
+                state = self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            } else if state.watched.iter().all(&is_unchanged) {
+                state = self
+                    .changed
+                    .wait_timeout(state, LOOK)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            } else {
+                state.watched.clear();
+                let _ = (&self.event).write(&1u64.to_ne_bytes());
+            }
+        }
+    }
+}
+
+/// The thread, and an eventfd that it writes once something that is watched has changed.
+pub struct Watch<T> {
+    shared: Arc<Shared<T>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<T: Send + 'static> Watch<T> {
+    /// Watches nothing yet. `is_unchanged` must not panic.
+    pub fn new(is_unchanged: impl Fn(&T) -> bool + Send + 'static) -> io::Result<Self> {
+        // SAFETY: a plain call, whose result is checked.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                watched: Vec::new(),
+                ends: false,
+            }),
+            changed: Condvar::new(),
+            // SAFETY: the descriptor is new, and nobody else knows it.
+            event: unsafe { File::from_raw_fd(fd) },
+        });
+        let looking = Arc::clone(&shared);
+        let thread = Builder::new()
+            .name("watch".into())
+            .stack_size(128 << 10)
+            .spawn(move || looking.run(is_unchanged))?;
+        Ok(Watch {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Readable after a change, until [`Watch::seen`].
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.shared.event.as_fd()
+    }
+
+    /// Watches these, and nothing else, until one of them has changed.
+    pub fn set(&self, watched: Vec<T>) {
+        let mut state = self.shared.lock();
+        let slept = state.watched.is_empty();
+        state.watched = watched;
+        drop(state);
+        if slept {
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// The change has been noted: nothing is watched now.
+    pub fn seen(&self) {
+        let _ = (&self.shared.event).read(&mut [0; 8]);
+    }
+}
+
+impl<T> Drop for Watch<T> {
+    fn drop(&mut self) {
+        self.shared.lock().ends = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "watch_tests.rs"]
+mod tests;
