@@ -7,9 +7,11 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+
+use crate::sys::eventfd;
 
 type Job<T> = Box<dyn FnOnce() -> T + Send>;
 
@@ -63,11 +65,6 @@ pub struct Pool<T> {
 
 impl<T: Send + 'static> Pool<T> {
     pub fn new(n_threads: usize) -> io::Result<Self> {
-        // SAFETY: a plain call, whose result is checked.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(Pool {
             shared: Arc::new(Shared {
                 state: Mutex::new(State {
@@ -77,8 +74,7 @@ impl<T: Send + 'static> Pool<T> {
                     ends: false,
                 }),
                 work: Condvar::new(),
-                // SAFETY: the descriptor is new, and nobody else knows it.
-                event: unsafe { File::from_raw_fd(fd) },
+                event: eventfd()?,
             }),
             threads: Mutex::new(Vec::new()),
             n_threads: n_threads.max(1),

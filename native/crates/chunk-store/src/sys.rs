@@ -33,6 +33,14 @@ pub fn sealed_memfd(name: &CStr, len: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// An eventfd that starts with nothing to read, and never blocks.
+pub fn eventfd() -> io::Result<File> {
+    // SAFETY: a plain call, whose result is checked.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
 /// Another open file description of the same file, with the access mode of `flags`.
 pub fn reopen(fd: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<OwnedFd> {
     let path = c_name(&format!("/proc/self/fd/{}", fd.as_raw_fd()))?;

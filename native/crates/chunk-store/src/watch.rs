@@ -5,10 +5,12 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
+
+use crate::sys::eventfd;
 
 /// How long a change goes unseen, at most: a small part of what a chunk takes from a registry. Dozens of daemons may wait
 /// for the same chunk; those that see it at the same moment want a processor at the same moment.
@@ -61,19 +63,13 @@ pub struct Watch<T> {
 impl<T: Send + 'static> Watch<T> {
     /// Watches nothing yet. `is_unchanged` must not panic.
     pub fn new(is_unchanged: impl Fn(&T) -> bool + Send + 'static) -> io::Result<Self> {
-        // SAFETY: a plain call, whose result is checked.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 watched: Vec::new(),
                 ends: false,
             }),
             changed: Condvar::new(),
-            // SAFETY: the descriptor is new, and nobody else knows it.
-            event: unsafe { File::from_raw_fd(fd) },
+            event: eventfd()?,
         });
         let looking = Arc::clone(&shared);
         let thread = Builder::new()
