@@ -43,6 +43,10 @@ class PlayedSession:
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
 
+    @property
+    def wake_fds(self) -> list[int]:
+        return [self._wake]
+
     def mount_fds(self, mount: int = 0) -> MountFds | None:
         if mount != 0 or self._mount is None:
             return None

@@ -110,6 +110,10 @@ class FakeSession:
         self.wakes += 1
         self.woken.set()
 
+    @property
+    def wake_fds(self) -> list[int]:
+        return []
+
 
 class Rig:
     """An agent, and what is around it."""

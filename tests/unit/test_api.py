@@ -77,6 +77,10 @@ class FakeSession:
     def wake(self) -> None:
         pass
 
+    @property
+    def wake_fds(self) -> list[int]:
+        return []
+
     def trace(self) -> list[Trace]:
         traces, self.traces = self.traces, []
         return traces

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -60,6 +62,20 @@ class Changes:
         self._event.clear()
 
 
+def wake_fd(stack: ExitStack) -> int:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    stack.callback(os.close, fd)
+    return fd
+
+
+async def readable(fd: int) -> None:
+    event = asyncio.Event()
+    asyncio.get_running_loop().add_reader(fd, event.set)
+    async with asyncio.timeout(HANG_S):
+        await event.wait()
+    asyncio.get_running_loop().remove_reader(fd)
+
+
 def left_of(store: Store, *chunks: int) -> Left:
     left = Left({0: store.chunks(0)})
     for chunk in chunks:
@@ -69,46 +85,52 @@ def left_of(store: Store, *chunks: int) -> Left:
     return left
 
 
-async def test_what_another_daemon_brings_is_seen(image: MadeImage, stores: tuple[Store, Store]) -> None:
+async def test_what_another_daemon_brings_wakes_the_workers_alone(
+    image: MadeImage, stores: tuple[Store, Store]
+) -> None:
     ours, theirs = stores
-    theirs.hint_fetching(0, [1, 2], True)
+    theirs.hint_fetching(0, [1, 2, 3], True)
     changes = Changes()
-    w = Watching(ours, changes)
-    left = left_of(ours, 1, 2)
-    assert not w.has_thread
-    w.follow(left)
-    assert w.has_thread
-    await asyncio.sleep(0.1)
-    assert changes.n == 0
-    theirs.ingest(0, 0, image.blob, [2])
-    await changes.next()
-    left.changed()
-    assert [want.key for want in left.look(0.1)] == [(0, 2)]
-    # What is left is watched once it is followed again, and what was given up is told as well.
-    w.follow(left)
-    theirs.hint_fetching(0, [1], False)
-    await changes.next()
-    left.changed()
-    assert [want.key for want in left.look(0.2)] == [(0, 1)]
-    assert changes.n == 2
-    w.close()
+    with ExitStack() as stack:
+        fds = [wake_fd(stack), wake_fd(stack)]
+        w = Watching(ours, fds, changes)
+        left = left_of(ours, 1, 2, 3)
+        assert not w.has_thread
+        w.follow(left)
+        assert w.has_thread
+        for chunk in (2, 3):
+            theirs.ingest(0, 0, image.blob, [chunk])
+            for fd in fds:
+                await readable(fd)
+                assert os.eventfd_read(fd) == 1
+        assert changes.n == 0
+        assert sorted(want.key for want in left.look(0.1)) == [(0, 2), (0, 3)]
+        # What was given up has to be fetched here: the loop is told, while the rest is watched on.
+        theirs.hint_fetching(0, [1], False)
+        await changes.next()
+        assert [want.key for want in left.look(0.2)] == [(0, 1)]
+        w.close()
 
 
 async def test_a_change_that_came_first_is_seen(image: MadeImage, stores: tuple[Store, Store]) -> None:
     ours, theirs = stores
-    theirs.hint_fetching(0, [3], True)
-    left = left_of(ours, 3)
+    theirs.hint_fetching(0, [3, 4], True)
+    left = left_of(ours, 3, 4)
     theirs.ingest(0, 0, image.blob, [3])
+    theirs.hint_fetching(0, [4], False)
     changes = Changes()
-    w = Watching(ours, changes)
-    w.follow(left)
-    await changes.next()
-    w.close()
+    with ExitStack() as stack:
+        fd = wake_fd(stack)
+        w = Watching(ours, [fd], changes)
+        w.follow(left)
+        await readable(fd)
+        await changes.next()
+        w.close()
 
 
 async def test_there_is_no_thread_for_nothing(stores: tuple[Store, Store]) -> None:
     ours, theirs = stores
-    w = Watching(ours, lambda: None)
+    w = Watching(ours, [], lambda: None)
     left = Left({0: ours.chunks(0)})
     w.follow(left)
     assert not w.has_thread
@@ -118,7 +140,6 @@ async def test_there_is_no_thread_for_nothing(stores: tuple[Store, Store]) -> No
     w.close()
     assert not w.has_thread
     theirs.hint_fetching(0, [1], False)
-    left.changed()
     assert left.look(0.1)
     w.follow(left)
     assert not w.has_thread
@@ -128,16 +149,16 @@ async def test_there_is_no_thread_for_nothing(stores: tuple[Store, Store]) -> No
 async def test_without_a_thread_they_are_looked_at_late(
     stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(_: Store) -> None:
+    def refuse(_: Store, _wakes: list[int]) -> None:
         raise CacheError("no thread can be made")
 
     monkeypatch.setattr(watching, "Watch", refuse)
     ours, theirs = stores
     theirs.hint_fetching(0, [1], True)
-    w = Watching(ours, lambda: None)
+    w = Watching(ours, [], lambda: None)
     left = left_of(ours, 1)
     w.follow(left)
     w.follow(left)
     assert caplog.text.count("seen late: no thread can be made") == 1
-    assert left.next_look == 1.0
+    assert left.next_look == 0.25
     w.close()

@@ -18,6 +18,7 @@ _BATCH = 256
 _MAX_BATCHES = 8 * 1024 // _BATCH
 _STATUS_LEN = 65536
 _MAX_MOUNT_FDS = 2 + 4 * 255
+_MAX_WAKES = 8  # ring threads: native/crates/session/src/shared.rs
 
 # What a failpoint does (native/crates/session/src/failpoint.rs, which also numbers the points).
 KILL, HANG, ABORT, BREAK_OUT = 1, 2, 3, 4
@@ -154,6 +155,13 @@ class Session:
     def wake(self) -> None:
         """Tell all ring threads that chunks have become ready."""
         raise_for(lib.vr_session_wake(self._handle))
+
+    @property
+    def wake_fds(self) -> list[int]:
+        """The eventfds by which :meth:`wake` does that."""
+        out = ffi.new("int32_t[]", _MAX_WAKES)
+        n = raise_for(lib.vr_session_wakes(self._handle, out, _MAX_WAKES))
+        return list(out[0 : min(n, _MAX_WAKES)])
 
     def mount_fds(self, mount: int = 0) -> MountFds | None:
         """Descriptors of the mounted image, for a control that takes over; None before the first mount."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from virtiofsd_rafs.native._lib import ffi, lib, raise_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from virtiofsd_rafs.native.store import Store
 
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 class Watch:
     """Watches the states of chunks of *store*, whose blobs are all open.
 
+    When one has come, it writes to *wakes*: eventfds, of which it keeps copies.
+
     To be closed before the store is. Raises CacheError when no thread can be made.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, wakes: Sequence[int]) -> None:
         self._handle = ffi.NULL
         out = ffi.new("void **")
-        self.fd = raise_for(lib.vr_watch_new(store.handle, out))
-        """An eventfd that becomes readable once a chunk is not being fetched any more."""
+        fds = ffi.new("int32_t[]", list(wakes))
+        self.fd = raise_for(lib.vr_watch_new(store.handle, fds, len(wakes), out))
+        """An eventfd that becomes readable once a chunk is not being fetched any more, and has not come."""
         self._handle = out[0]
 
     def __del__(self) -> None:
@@ -38,7 +41,7 @@ class Watch:
         lib.vr_watch_free(handle)
 
     def set(self, keys: Iterable[tuple[int, int]]) -> None:
-        """Watches these chunks (blob, number), and no others, until one of them changes."""
+        """Watches these chunks (blob, number) and no others, each until it has come or will not."""
         blobs, chunks = array("I"), array("I")
         for blob, chunk in keys:
             blobs.append(blob)
@@ -47,5 +50,5 @@ class Watch:
             raise_for(lib.vr_watch_set(self._handle, first, second, len(blobs)))
 
     def seen(self) -> None:
-        """The change has been noted. Nothing is watched now."""
+        """What will not come has been noted."""
         raise_for(lib.vr_watch_seen(self._handle))

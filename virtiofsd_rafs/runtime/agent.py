@@ -69,6 +69,11 @@ class Posts(Protocol):
         """Makes the workers look at the states of the chunks that they wait for."""
         ...
 
+    @property
+    def wake_fds(self) -> Sequence[int]:
+        """The eventfds by which :meth:`wake` does that."""
+        ...
+
 
 class Agent:
     """Serves the posts of one mounted image.
@@ -136,7 +141,7 @@ class Agent:
         self.stalls = Stalls()
         self._streams: Streams | None = None
         self._ingest = Ingest(store)
-        self._watching = Watching(store, self._left_changed)
+        self._watching = Watching(store, session.wake_fds, self._pump)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -250,10 +255,6 @@ class Agent:
 
     def _timer_fired(self) -> None:
         self._timer = None
-        self._pump()
-
-    def _left_changed(self) -> None:
-        self.planner.left.changed()
         self._pump()
 
     @property

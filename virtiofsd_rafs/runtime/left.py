@@ -1,5 +1,8 @@
 """Wants for chunks that other daemons on the same cache directory say that they are fetching. No I/O and no
-clock: who looks at the states for us says when one has changed (:mod:`~virtiofsd_rafs.runtime.watching`).
+clock.
+
+Workers are woken by others when such a chunk has come (:mod:`~virtiofsd_rafs.runtime.watching`). Here that is
+noted when something else is to be done, or a little later.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 
 # For so long a chunk is left to another daemon.
 LEFT_S = 1.0
+# So late it is noted that one has come, at most: what runs in the background waits for those that somebody
+# waits for.
+LEFT_LOOK_S = 0.25
 # After one that did not come, for so long nothing is left to others.
 LEFT_MISTRUST_S = 30.0
 
@@ -51,13 +57,8 @@ class Left:
 
     @property
     def next_look(self) -> float:
-        """When one has been here for too long; infinity when there is none, the past when one has changed."""
+        """When to look, if nothing happens before; infinity when there is nothing to look at."""
         return self._next_look
-
-    def changed(self) -> None:
-        """One of the chunks is not being fetched any more."""
-        if self._wants:
-            self._next_look = float("-inf")
 
     def get(self, key: Key) -> Want | None:
         """The want for chunk *key*, if it is here."""
@@ -82,7 +83,7 @@ class Left:
 
     def look(self, now: float) -> list[Want]:
         """Gives those back of which something is to be told: there, given up, or it took too long."""
-        if now < self._next_look:
+        if not self._wants:
             return []
         self._next_look = float("inf")
         back = []
@@ -99,4 +100,4 @@ class Left:
 
     def _look_by(self, want: Want, now: float) -> None:
         since = now if want.left_since is None else want.left_since
-        self._next_look = min(self._next_look, since + LEFT_S, want.deadline)
+        self._next_look = min(self._next_look, now + LEFT_LOOK_S, since + LEFT_S, want.deadline)

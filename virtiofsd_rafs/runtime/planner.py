@@ -35,7 +35,7 @@ from virtiofsd_rafs.runtime.readahead import ReadAhead
 from virtiofsd_rafs.runtime.wants import Counters, Fetch, Origin, Posted, Wait, Want
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from virtiofsd_rafs.runtime.layout import Chunks, Key
     from virtiofsd_rafs.runtime.wants import Reason
@@ -273,7 +273,12 @@ class Planner:
         while self._delayed_heap and self._delayed_heap[0][0] <= now:
             _, _, key = heapq.heappop(self._delayed_heap)
             self._queue[key] = self._delayed.pop(key)
-        self._queue.update((want.key, want) for want in self.left.look(now))
+        for want in self.left.look(now):
+            if self._blobs[want.key[0]].ready(want.key[1]):
+                self._found_ready = True
+                self._came_from_another(want.key)
+            else:
+                self._queue[want.key] = want
         if now < self._paused_until:
             return []
         fetches = []
@@ -353,14 +358,15 @@ class Planner:
     def waiting(self) -> int:
         """Chunks that somebody waits for."""
         fetching = sum(len(fetch.wants) for fetch in self._fetches.values())
-        return len(self._queue) + len(self.left) + len(self._delayed) + len(self._verifying) + fetching
+        left = sum(1 for _ in self._left_wants())
+        return len(self._queue) + left + len(self._delayed) + len(self._verifying) + fetching
 
     def waits(self, limit: int) -> list[Wait]:
         """What is waited for now, longest first, at most *limit*."""
         groups = (
             *((fetch.wants.values(), "fetching") for fetch in self._fetches.values()),
             (self._queue.values(), "queued"),
-            (self.left.wants, "left to another daemon"),
+            (self._left_wants(), "left to another daemon"),
             (self._delayed.values(), "backing off"),
             (self._verifying.values(), "verifying"),
         )
@@ -370,6 +376,10 @@ class Planner:
             for want in wants
         )
         return heapq.nsmallest(limit, found, key=lambda wait: wait.since)
+
+    def _left_wants(self) -> Iterator[Want]:
+        """Those that are left to others and have not come."""
+        return (want for want in self.left.wants if not self._blobs[want.key[0]].ready(want.key[1]))
 
     # -- how ------------------------------------------------------------------------------------------------
 

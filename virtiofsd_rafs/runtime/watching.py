@@ -1,4 +1,7 @@
-"""Tells the event loop when other daemons have fetched, or given up, what was left to them."""
+"""Wakes workers when other daemons have fetched what was left to them, the event loop when they gave it up.
+
+The loop need not hear of what has come: a guest gets it without waiting for this process's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from virtiofsd_rafs.errors import VirtiofsdRafsError
 from virtiofsd_rafs.native.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from virtiofsd_rafs.native.store import Store
     from virtiofsd_rafs.runtime.left import Left
@@ -23,12 +26,14 @@ class Watching:
 
     Args:
         store: knows who fetches what.
-        changed: called when something of it is not being fetched any more.
+        wakes: eventfds of the workers.
+        gone: called when something of it is not being fetched any more, and has not come.
     """
 
-    def __init__(self, store: Store, changed: Callable[[], None]) -> None:
+    def __init__(self, store: Store, wakes: Sequence[int], gone: Callable[[], None]) -> None:
         self._store = store
-        self._changed = changed
+        self._wakes = wakes
+        self._gone = gone
         self._watch: Watch | None = None
         self._version = 0
         self._told = False
@@ -46,7 +51,7 @@ class Watching:
             if not left:
                 return
             try:
-                self._watch = Watch(self._store)
+                self._watch = Watch(self._store, self._wakes)
             except VirtiofsdRafsError as e:
                 # They are looked at in the end, when it is too late to leave them to others.
                 if not self._told:
@@ -69,5 +74,4 @@ class Watching:
         if self._watch is None:
             return
         self._watch.seen()
-        self._version = 0  # nothing is watched
-        self._changed()
+        self._gone()

@@ -292,6 +292,23 @@ pub unsafe extern "C" fn vr_session_wake(handle: *mut c_void) -> i64 {
     })
 }
 
+/// The eventfds that [`vr_session_wake`] writes into `out`; returns their number. They stay the handle's.
+///
+/// # Safety
+/// `handle` as for all functions here; `out` is valid for `max` i32.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vr_session_wakes(handle: *mut c_void, out: *mut i32, max: u32) -> i64 {
+    guard(|| {
+        // SAFETY: forwarded.
+        let session = unsafe { session(handle)? };
+        for (i, &fd) in session.wakes.iter().take(max as usize).enumerate() {
+            // SAFETY: `i` is below `max`.
+            unsafe { out.add(i).write(fd) };
+        }
+        Ok(session.wakes.len() as i64)
+    })
+}
+
 /// Descriptors of the mounted image into `out`: bootstrap, spill, then state, extents, touched, data (or -1) per blob. Returns
 /// their number, 0 when nothing is mounted.
 ///

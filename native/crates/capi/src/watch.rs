@@ -3,9 +3,11 @@
 //! A handle's functions may be called from any thread, except [`vr_watch_free`], which needs that no other call runs.
 
 use std::ffi::c_void;
-use std::os::fd::AsRawFd;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-use chunk_store::Watch;
+use chunk_store::{Seen, Watch};
 
 use crate::pointers::{free, hand_out};
 use crate::store::{self, Handle, slice};
@@ -21,9 +23,9 @@ struct Watched(*const Handle);
 unsafe impl Send for Watched {}
 
 impl Watched {
-    fn is_hinted(&self, (blob, chunk): Chunk) -> bool {
+    fn seen(&self, (blob, chunk): Chunk) -> Seen {
         // SAFETY: the store is freed after the handle.
-        unsafe { &*self.0 }.store.is_hinted(blob as usize, chunk)
+        unsafe { &*self.0 }.store.seen(blob as usize, chunk)
     }
 }
 
@@ -35,17 +37,42 @@ unsafe fn watch<'a>(handle: *const c_void) -> Result<&'a Watch<Chunk>, Failure> 
         .ok_or_else(|| Failure::new(VR_E_INVALID, "no watch"))
 }
 
-/// Makes a thread that watches chunks of the store `store`, none yet; writes the handle to `out`. Returns an eventfd that
-/// becomes readable once one of them is not being fetched any more; it stays the handle's.
+/// Makes a thread that watches chunks of the store `store`, none yet; writes the handle to `out`. When one has come, 1 is
+/// added to each of the `n_wakes` eventfds `wakes`. Returns an eventfd that becomes readable when one will not come; it stays
+/// the handle's.
 ///
 /// # Safety
-/// `store` must be a store that is freed after this handle, `out` valid for one write.
+/// `store` must be a store that is freed after this handle, `wakes` valid for reads of `n_wakes` numbers, `out` for one
+/// write.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn vr_watch_new(store: *const c_void, out: *mut *mut c_void) -> i64 {
+pub unsafe extern "C" fn vr_watch_new(
+    store: *const c_void,
+    wakes: *const i32,
+    n_wakes: usize,
+    out: *mut *mut c_void,
+) -> i64 {
     guard(|| {
         // SAFETY: promised by the caller.
-        let store = Watched(unsafe { store::shared(store)? });
-        let watch = Watch::new(move |chunk: &Chunk| store.is_hinted(*chunk))?;
+        let (store, wakes) = unsafe { (Watched(store::shared(store)?), slice(wakes, n_wakes)?) };
+        let wakes = wakes.iter().map(|&fd| {
+            if fd < 0 {
+                return Err(io::Error::from_raw_os_error(libc::EBADF));
+            }
+            // SAFETY: a descriptor that the caller has open, or an error.
+            unsafe { BorrowedFd::borrow_raw(fd) }
+                .try_clone_to_owned()
+                .map(File::from)
+        });
+        let wakes = wakes.collect::<io::Result<Vec<File>>>()?;
+        let watch = Watch::new(
+            move |chunk: &Chunk| store.seen(*chunk),
+            move || {
+                for mut wake in &wakes {
+                    // A full counter is a wake-up that is still pending.
+                    let _ = wake.write(&1u64.to_ne_bytes());
+                }
+            },
+        )?;
         let fd = watch.event().as_raw_fd();
         // SAFETY: promised by the caller.
         unsafe { hand_out(watch, out) };
@@ -53,8 +80,8 @@ pub unsafe extern "C" fn vr_watch_new(store: *const c_void, out: *mut *mut c_voi
     })
 }
 
-/// Watches `count` chunks, of blobs `blobs` with numbers `chunks`, and nothing else, until one of them is not being fetched
-/// any more.
+/// Watches `count` chunks, of blobs `blobs` with numbers `chunks`, and nothing else: each of them until it has come, or is
+/// not being fetched any more.
 ///
 /// # Safety
 /// `handle` as for all functions here; `blobs` and `chunks` must be valid for reads of `count` numbers.
@@ -75,7 +102,7 @@ pub unsafe extern "C" fn vr_watch_set(
     })
 }
 
-/// Makes the eventfd unreadable. Nothing is watched then.
+/// Makes the eventfd unreadable.
 ///
 /// # Safety
 /// `handle` as for all functions here.

@@ -41,4 +41,4 @@ pub use spill::SpillStats;
 pub use store::{Blob, Outcome, StateCounts, Store};
 pub use tables::Tables;
 pub use view::{BlobView, Extent, Location, Source};
-pub use watch::Watch;
+pub use watch::{Seen, Watch};

@@ -17,6 +17,7 @@ use crate::spec::BlobSpec;
 use crate::spill::{Spill, SpillStats};
 use crate::sys;
 use crate::tables::Tables;
+use crate::watch::Seen;
 
 /// What became of one chunk of a fetched range. The numbers cross the C ABI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -318,11 +319,14 @@ impl Store {
         Ok(())
     }
 
-    /// Whether somebody says that they are fetching `chunk`.
-    pub fn is_hinted(&self, index: usize, chunk: u32) -> bool {
-        self.blob(index)
-            .and_then(|blob| blob.tables.state(chunk))
-            .is_some_and(|word| state_of(word.load(Ordering::Acquire)) == FETCHING)
+    /// What became of a chunk that somebody else said they were fetching.
+    pub fn seen(&self, index: usize, chunk: u32) -> Seen {
+        let word = self.blob(index).and_then(|blob| blob.tables.state(chunk));
+        match word.map(|word| state_of(word.load(Ordering::Acquire))) {
+            Some(FETCHING) => Seen::Same,
+            Some(VERIFIED) => Seen::Came,
+            _ => Seen::Gone,
+        }
     }
 
     /// Counts the promised chunks of blob `index` by state.

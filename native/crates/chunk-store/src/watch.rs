@@ -16,6 +16,17 @@ use crate::sys::eventfd;
 /// for the same chunk; those that see it at the same moment want a processor at the same moment.
 const LOOK: Duration = Duration::from_millis(25);
 
+/// What became of something that is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing yet.
+    Same,
+    /// It is there.
+    Came,
+    /// It will not come.
+    Gone,
+}
+
 struct State<T> {
     watched: Vec<T>,
     ends: bool,
@@ -32,37 +43,48 @@ impl<T> Shared<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, is_unchanged: impl Fn(&T) -> bool) {
+    fn run(&self, look: impl Fn(&T) -> Seen, came: impl Fn()) {
         let mut state = self.lock();
         while !state.ends {
-            if state.watched.is_empty() {
-                state = self
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-            } else if state.watched.iter().all(&is_unchanged) {
-                state = self
-                    .changed
-                    .wait_timeout(state, LOOK)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
-            } else {
-                state.watched.clear();
+            let (mut any_came, mut any_gone) = (false, false);
+            state.watched.retain(|each| {
+                let seen = look(each);
+                any_came |= seen == Seen::Came;
+                any_gone |= seen == Seen::Gone;
+                seen == Seen::Same
+            });
+            if any_came {
+                came();
+            }
+            if any_gone {
                 let _ = (&self.event).write(&1u64.to_ne_bytes());
             }
+            state = if state.watched.is_empty() {
+                self.changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner)
+            } else {
+                self.changed
+                    .wait_timeout(state, LOOK)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0
+            };
         }
     }
 }
 
-/// The thread, and an eventfd that it writes once something that is watched has changed.
+/// The thread, and an eventfd that it writes when something will not come.
 pub struct Watch<T> {
     shared: Arc<Shared<T>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl<T: Send + 'static> Watch<T> {
-    /// Watches nothing yet. `is_unchanged` must not panic.
-    pub fn new(is_unchanged: impl Fn(&T) -> bool + Send + 'static) -> io::Result<Self> {
+    /// Watches nothing yet. `came` is called when something is there; neither it nor `look` may block or panic.
+    pub fn new(
+        look: impl Fn(&T) -> Seen + Send + 'static,
+        came: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 watched: Vec::new(),
@@ -75,19 +97,19 @@ impl<T: Send + 'static> Watch<T> {
         let thread = Builder::new()
             .name("watch".into())
             .stack_size(128 << 10)
-            .spawn(move || looking.run(is_unchanged))?;
+            .spawn(move || looking.run(look, came))?;
         Ok(Watch {
             shared,
             thread: Some(thread),
         })
     }
 
-    /// Readable after a change, until [`Watch::seen`].
+    /// Readable when something has gone, until [`Watch::seen`].
     pub fn event(&self) -> BorrowedFd<'_> {
         self.shared.event.as_fd()
     }
 
-    /// Watches these, and nothing else, until one of them has changed.
+    /// Watches these, and nothing else: each of them until it has come or gone.
     pub fn set(&self, watched: Vec<T>) {
         let mut state = self.shared.lock();
         let slept = state.watched.is_empty();
@@ -98,7 +120,7 @@ impl<T: Send + 'static> Watch<T> {
         }
     }
 
-    /// The change has been noted: nothing is watched now.
+    /// What has gone has been noted.
     pub fn seen(&self) {
         let _ = (&self.shared.event).read(&mut [0; 8]);
     }
