@@ -51,12 +51,11 @@ def make_app(view: View) -> web.Application:
 
     async def status(request: web.Request) -> web.Response:
         full = request.query.get("full", "0") not in ("", "0")
-        nodes = view.status_nodes(full=full)
-        if nodes and full:
-            await asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)
-            nodes = []
-        answer = _json(view.status(full=full))
+        nodes = view.trace_nodes() if full else []
         if nodes:
+            await asyncio.get_running_loop().run_in_executor(None, view.name_nodes, nodes)
+        answer = _json(view.status(full=full))
+        if nodes := view.take_nameless():
             name_later(nodes)
         return answer
 

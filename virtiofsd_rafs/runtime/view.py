@@ -53,6 +53,7 @@ class View:
         self._mounted: Mounted | None = None
         self._agent: Agent | None = None
         self._names: dict[int, str] = {}
+        self._nameless: set[int] = set()
         self.metrics = Metrics()
         self.confined: Confined | None = None
         """The sandbox that is in force; control says."""
@@ -105,13 +106,10 @@ class View:
             }
         return info
 
-    def status_nodes(self, *, full: bool = False) -> list[int]:
-        """Nodes that :meth:`status`, called right after this, mentions and whose names are not known yet."""
-        self._collect_stalls()
-        seen = {record.nodeid for record in self._latest(full=full)}
-        seen.update(trace.nodeid for trace in self._slowest(full=full))
-        seen.update(wait.origin.nodeid for wait in self._waits())
-        return [nodeid for nodeid in seen if nodeid and nodeid not in self._names]
+    def take_nameless(self) -> list[int]:
+        """Nodes that were mentioned since the last call and whose names are not known yet."""
+        nameless, self._nameless = self._nameless, set()
+        return [nodeid for nodeid in nameless if nodeid not in self._names]
 
     def trace_nodes(self) -> list[int]:
         """Nodes that :meth:`trace` mentions and whose names are not known yet."""
@@ -150,9 +148,6 @@ class View:
             return Stalls()
         self._agent.stalls.add(self._session.trace())
         return self._agent.stalls
-
-    def _stalls(self) -> Stalls:
-        return Stalls() if self._agent is None else self._agent.stalls
 
     def _waits(self) -> list[Wait]:
         return self._agent.planner.waits(_STATUS_WAITS) if self._agent is not None else []
@@ -217,21 +212,21 @@ class View:
     def _agent_status(self) -> dict[str, Any]:
         status = self.metrics.as_dict()
         # Also while the image is asked for.
-        status["sources"] = [attrs.asdict(place) for place in self.renewal.report()]
+        status["sources"] = [attrs.asdict(place, recurse=False) for place in self.renewal.report()]
         if self._agent is not None and self._mounted is not None:
             planner = self._agent.planner
             status |= {
-                "planner": attrs.asdict(planner.counters),
+                "planner": attrs.asdict(planner.counters, recurse=False),
                 "first_start": self._agent.first_start.status(),
                 "chunks_waiting": planner.waiting,
                 "fetches_in_flight": planner.in_flight,
                 "outage_s": self._agent.outage_s,
-                "connections": attrs.asdict(CONNECTIONS),
+                "connections": attrs.asdict(CONNECTIONS, recurse=False),
                 "cache": {
                     "dir": str(self._config.cache_dir) if self._config.cache_dir else None,
                     **self._mounted.store.stats()._asdict(),
                     "limit": self._agent.eviction.limit,
-                    **attrs.asdict(self._agent.eviction.counters),
+                    **attrs.asdict(self._agent.eviction.counters, recurse=False),
                 },
             }
         return status
@@ -267,13 +262,20 @@ class View:
 
         return gather
 
+    def _name(self, nodeid: int) -> str:
+        """Its path; empty while that is not known."""
+        name = self._names.get(nodeid)
+        if name is None and nodeid:
+            self._nameless.add(nodeid)
+        return name or ""
+
     def _fetch(self, record: FetchRecord) -> dict[str, Any]:
         ids = self._mounted.blob_ids if self._mounted is not None else {}
         shown = record._asdict()
         del shown["runs"]
         return shown | {
             "blob_id": ids.get(record.blob_index, ""),
-            "path": self._names.get(record.nodeid, ""),
+            "path": self._name(record.nodeid),
         }
 
     def _use(self, record: FetchRecord) -> dict[str, Any]:
@@ -291,11 +293,11 @@ class View:
         return {"bytes_by_reason": by_reason, "unread_bytes": unread}
 
     def _stall(self, trace: Trace) -> dict[str, Any]:
-        return {"path": self._names.get(trace.nodeid, ""), **trace._asdict()}
+        return {"path": self._name(trace.nodeid), **trace._asdict()}
 
     def _wait(self, wait: Wait) -> dict[str, Any]:
         return {
-            "path": self._names.get(wait.origin.nodeid, ""),
+            "path": self._name(wait.origin.nodeid),
             "nodeid": wait.origin.nodeid,
             "offset": wait.origin.file_offset,
             "since_ns": int(wait.since * 1e9),
@@ -308,17 +310,14 @@ class View:
         # From the end: a deque is slow in its middle.
         return list(islice(reversed(self.metrics.log), n))[::-1]
 
-    def _slowest(self, *, full: bool) -> list[Trace]:
-        return self._stalls().slowest()[: None if full else _STATUS_STALLS]
-
     def _stall_report(self, *, full: bool) -> dict[str, Any]:
         if self._agent is None:
             return {"count": 0, "total_ns": 0, "slowest": []}
-        stalls = self._stalls()
+        stalls = self._collect_stalls()
         return {
             "count": stalls.count,
             "total_ns": stalls.total_ns,
-            "slowest": [self._stall(trace) for trace in self._slowest(full=full)],
+            "slowest": [self._stall(trace) for trace in stalls.slowest()[: None if full else _STATUS_STALLS]],
         }
 
     def prometheus(self, loop_lag_s: float = 0.0) -> str:
