@@ -208,6 +208,18 @@ async def test_posts_become_fetches_and_wakes(image: MadeImage, cache: Path) -> 
     check_data(cache, image, *range(3, len(image.chunks)))
 
 
+async def test_others_see_at_once_what_is_fetched_and_what_is_not_any_more(
+    image: MadeImage, cache: Path
+) -> None:
+    async with rig(image, cache) as r:
+        r.session.post(1, 2)
+        r.agent._readable()  # no task has run since
+        assert r.store.states(0).fetching == 2
+        await r.agent.close()
+        assert r.source.calls == []
+        assert r.store.states(0).fetching == 0
+
+
 async def test_an_outage_is_told_once_and_so_is_its_end(
     image: MadeImage, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -171,6 +171,8 @@ class Agent:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for fetch in self.planner.fetches:  # which were cancelled before they began
+            self._store.hint_fetching(fetch.blob, fetch.chunks, False)
         await self.eviction.close()
         self._watching.close()
         self._ingest.close()
@@ -230,6 +232,8 @@ class Agent:
         for key in self.planner.next_verifications():
             self._spawn(self._verify(key))
         for fetch in self.planner.next_fetches(now):
+            # At once: other daemons may want the same chunks at the same moment.
+            self._store.hint_fetching(fetch.blob, fetch.chunks, True)
             self._spawn(self._fetch(fetch))
         if self.planner.take_found_ready():
             self._session.wake()
@@ -298,7 +302,6 @@ class Agent:
     async def _fetch(self, fetch: Fetch) -> None:
         """One try. However it ends, the planner hears of it."""
         started_ns = time.monotonic_ns()
-        self._store.hint_fetching(fetch.blob, fetch.chunks, True)
         told = False
         result, n_bytes = "internal.bug", 0
         try:

@@ -35,7 +35,7 @@ from virtiofsd_rafs.runtime.readahead import ReadAhead
 from virtiofsd_rafs.runtime.wants import Counters, Fetch, Origin, Posted, Wait, Want
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from virtiofsd_rafs.runtime.layout import Chunks, Key
     from virtiofsd_rafs.runtime.wants import Reason
@@ -350,8 +350,13 @@ class Planner:
         return self._last_demand
 
     @property
-    def in_flight(self) -> int:
+    def fetches(self) -> Collection[Fetch]:
         """Fetches under way."""
+        return self._fetches.values()
+
+    @property
+    def in_flight(self) -> int:
+        """How many fetches are under way."""
         return len(self._fetches)
 
     @property
