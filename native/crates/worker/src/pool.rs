@@ -69,6 +69,8 @@ struct State {
     jobs: VecDeque<Job>,
     /// What nobody waits for yet.
     begun: VecDeque<Begun>,
+    /// Reads that were begun since one of these was waited for.
+    streak: usize,
     /// Pieces of all jobs that wait.
     pieces: usize,
     /// Bytes of all reads that have begun and were not taken back by a ring thread.
@@ -89,6 +91,8 @@ pub struct Pool {
 const MAX_THREADS: usize = 4;
 /// Memory for reads that have begun, in bytes; one read may be larger. A guest decides how much it asks for at once.
 const MAX_BYTES: usize = 16 << 20;
+/// So many reads are begun, at most, before one of those that were begun earlier is waited for.
+const MAX_STREAK: usize = 64;
 /// Pieces that may wait: a few MiB. A driver that asks for more in smallest chunks has to be patient.
 const MAX_PIECES: usize = 1 << 16;
 
@@ -151,20 +155,28 @@ impl Pool {
         Some(finished)
     }
 
-    /// What to do next: all that memory is left for is begun before anything is waited for, so that the disk has it all
-    /// to choose from.
+    /// What to do next: what memory is left for is begun before anything is waited for, so that the disk has it all to
+    /// choose from; but reads that need no disk, one after the other, keep nobody waiting.
     fn next_step(&self) -> Step {
         let mut state = self.lock();
         loop {
+            if state.streak >= MAX_STREAK {
+                if let Some(begun) = state.begun.pop_front() {
+                    state.streak = 0;
+                    return Step::Wait(begun);
+                }
+            }
             let next = state.jobs.front().map(|job| bytes_of(&job.pieces));
             if let Some(bytes) = next.filter(|n| state.bytes == 0 || state.bytes + n <= MAX_BYTES) {
                 if let Some(job) = state.jobs.pop_front() {
+                    state.streak += 1;
                     state.bytes += bytes;
                     state.pieces -= job.pieces.len();
                     return Step::Begin(job);
                 }
             }
             if let Some(begun) = state.begun.pop_front() {
+                state.streak = 0;
                 return Step::Wait(begun);
             }
             state.idle += 1;
