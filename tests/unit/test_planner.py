@@ -507,6 +507,26 @@ def test_each_request_has_a_last_try_also_when_many_wait() -> None:
     assert max(b - a for a, b in itertools.pairwise(tries) if b > 6.0) <= 1.001
 
 
+def test_who_comes_during_an_outage_does_not_wait_for_those_that_fail() -> None:
+    """One blob is broken, another is not: its first reads are tried at once, and cost the others no turn."""
+    p = planner(Blob([10] * 64), Blob([10] * 4), amplify=0, retry_first_s=0.2, retry_cap_s=5.0)
+    post(p, *range(64))
+    away(p, 20.0)
+    turn = p.outage.next_try
+    now = turn - 0.001
+    post(p, 3, blob=1, now=now)
+    (fetch,) = p.next_fetches(now)
+    assert (fetch.blob, fetch.chunks) == (1, (3,))
+    assert p.outage.next_try == turn
+    p.failed(fetch.fetch_id, now)
+    assert p.next_fetches(now) == []  # the next try is one among others
+    assert p.outage.since is not None
+    post(p, 2, blob=1, now=now)
+    (fetch,) = p.next_fetches(now)
+    p.stored(fetch.fetch_id, [], now)
+    assert p.outage.since is None
+
+
 def test_what_another_try_can_hardly_cure_is_no_outage() -> None:
     p = planner(Blob([10] * 64), amplify=0)
     post(p, *range(64))

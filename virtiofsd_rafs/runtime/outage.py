@@ -3,7 +3,8 @@ clock.
 
 Each want backs off by itself, and dozens may wait: together they would ask a source that is away dozens of
 times a second, and tell as often that it failed. So tries are spaced once several in a row have failed,
-whatever they were for. The first one that succeeds ends that, and all pauses with it.
+whatever they were for; but who comes later has a first try of its own. The first one that succeeds ends that,
+and all pauses with it.
 """
 
 from __future__ import annotations

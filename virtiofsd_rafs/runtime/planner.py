@@ -51,6 +51,8 @@ HOPELESS_FACTOR = 4.0
 # The last try for a request is made when this is left of its deadline, in seconds or as a part of it.
 LAST_TRY_S = 1.0
 LAST_TRY = 1 / 12
+# So many of the wants that came last are looked at for some that may be tried during an outage.
+LATEST = 256
 # What one fetch may turn into when it is decoded, as a multiple of ``amplify``: an image whose chunks shrink
 # a thousandfold must not make a small read decode gigabytes.
 MAX_EXPANSION = 8
@@ -273,17 +275,20 @@ class Planner:
         while self._delayed_heap and self._delayed_heap[0][0] <= now:
             _, _, key = heapq.heappop(self._delayed_heap)
             self._queue[key] = self._delayed.pop(key)
-        for want in self.left.look(now):
-            if self._blobs[want.key[0]].ready(want.key[1]):
+        for back in self.left.look(now):
+            if self._blobs[back.key[0]].ready(back.key[1]):
                 self._found_ready = True
-                self._came_from_another(want.key)
+                self._came_from_another(back.key)
             else:
-                self._queue[want.key] = want
+                self._queue[back.key] = back
         if now < self._paused_until:
             return []
         fetches = []
-        while self._queue and len(self._fetches) < self._connections and self.outage.next_try <= now:
-            key, want = next(iter(self._queue.items()))
+        while len(self._fetches) < self._connections:
+            want = self._next_queued(now)
+            if want is None:
+                break
+            key = want.key
             del self._queue[key]
             if want.deadline <= now:
                 self.counters.expired += 1
@@ -294,11 +299,24 @@ class Planner:
             elif self.left.may_take(want, now):
                 self.left.put(want, now)
             else:
+                if self.outage.next_try <= now:
+                    self.outage.tried(now)
                 fetches.append(self._plan(want, now))
-                self.outage.tried(now)
         if self.background and not self._queue:
             self._plan_background(fetches, now)
         return fetches
+
+    def _next_queued(self, now: float) -> Want | None:
+        """The next want to try.
+
+        While tries are spaced, who came after the failures began is still tried once, at once: it may be for
+        something that is there, and must not wait for what is not.
+        """
+        since = self.outage.since
+        if since is None or self.outage.next_try <= now:
+            return next(iter(self._queue.values()), None)
+        latest = itertools.islice(reversed(self._queue.values()), LATEST)
+        return next((want for want in latest if not want.attempts and want.first_posted > since), None)
 
     def _plan_background(self, fetches: list[Fetch], now: float) -> None:
         """Adds to *fetches* what the link can carry beside what somebody waits for."""
