@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::layout::{EXTENT_HEADER, EXTENT_SIZE, SPILL_UNIT, spill_word, split_spill};
 use crate::mapping::Mapping;
@@ -46,6 +46,8 @@ struct Ring {
     generation: u32,
     /// In the order of filling, which is also the order in which they stand in the ring.
     slots: VecDeque<Slot>,
+    /// Bytes of all slots.
+    used: u64,
     evicted: u64,
 }
 
@@ -55,6 +57,8 @@ pub struct Spill {
     file: File,
     capacity: u64,
     ring: Mutex<Ring>,
+    /// Of the ring: who only asks does not wait until somebody has filled a place.
+    stats: Mutex<SpillStats>,
 }
 
 /// Numbers about the spill.
@@ -74,11 +78,8 @@ impl Spill {
     /// An empty spill of `capacity` bytes (rounded up to whole units, at least one). Memory is used as it fills.
     pub fn new(capacity: u64) -> io::Result<Spill> {
         let capacity = rounded(capacity.max(1));
-        Ok(Spill {
-            file: sys::sealed_memfd(c"rafs-spill", capacity)?,
-            capacity,
-            ring: Mutex::default(),
-        })
+        let file = sys::sealed_memfd(c"rafs-spill", capacity)?;
+        Ok(Spill::with(file, capacity, Ring::default()))
     }
 
     /// The spill of a predecessor: what its extent tables speak of stays.
@@ -133,7 +134,7 @@ impl Spill {
                 && place(slot.offset) >= end;
             if fits {
                 end = (place(slot.offset).0, slot.offset + slot.len);
-                ring.slots.push_back(slot);
+                ring.push(slot);
             } else {
                 slot.evict();
             }
@@ -141,11 +142,16 @@ impl Spill {
         if ring.head > capacity {
             ring.head = 0;
         }
-        Ok(Spill {
+        Ok(Spill::with(file, capacity, ring))
+    }
+
+    fn with(file: File, capacity: u64, ring: Ring) -> Spill {
+        Spill {
             file,
             capacity,
+            stats: Mutex::new(ring.stats(capacity)),
             ring: Mutex::new(ring),
-        })
+        }
     }
 
     /// A read-only descriptor for a worker.
@@ -172,6 +178,7 @@ impl Spill {
             start = 0;
         }
         ring.drop_overlapping(start, start + len);
+        *self.lock_stats() = ring.stats(self.capacity);
         // Every cleared word must be visible before the first byte is overwritten.
         fence(Ordering::SeqCst);
         self.file.write_all_at(bytes, start)?;
@@ -183,29 +190,42 @@ impl Spill {
         };
         let word = spill_word(ring.generation, start);
         target.store(word, Ordering::Release);
-        ring.slots.push_back(Slot {
+        ring.push(Slot {
             offset: start,
             len,
             word,
             extents: tables.extents().clone(),
             chunk,
         });
+        *self.lock_stats() = ring.stats(self.capacity);
         Ok(())
     }
 
     /// Capacity, use and evictions.
     pub fn stats(&self) -> SpillStats {
-        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
-        SpillStats {
-            capacity: self.capacity,
-            used: ring.slots.iter().map(|s| s.len).sum(),
-            chunks: ring.slots.len() as u64,
-            evicted: ring.evicted,
-        }
+        *self.lock_stats()
+    }
+
+    fn lock_stats(&self) -> MutexGuard<'_, SpillStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Ring {
+    fn push(&mut self, slot: Slot) {
+        self.used += slot.len;
+        self.slots.push_back(slot);
+    }
+
+    fn stats(&self, capacity: u64) -> SpillStats {
+        SpillStats {
+            capacity,
+            used: self.used,
+            chunks: self.slots.len() as u64,
+            evicted: self.evicted,
+        }
+    }
+
     /// Evicts the oldest slots as long as they stand in `[start, end)`.
     fn drop_overlapping(&mut self, start: u64, end: u64) {
         while let Some(slot) = self.slots.front() {
@@ -213,6 +233,7 @@ impl Ring {
                 break;
             }
             slot.evict();
+            self.used -= slot.len;
             self.slots.pop_front();
             self.evicted += 1;
         }

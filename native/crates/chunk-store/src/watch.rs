@@ -28,7 +28,10 @@ pub enum Seen {
 }
 
 struct State<T> {
-    watched: Vec<T>,
+    /// What is to be watched from now on, until the thread has taken it.
+    set: Option<Vec<T>>,
+    /// The thread has nothing to look at, and waits for something.
+    sleeps: bool,
     ends: bool,
 }
 
@@ -43,11 +46,13 @@ impl<T> Shared<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Looks without the lock: whoever sets what is watched must not wait for this thread, which may wait for a processor.
     fn run(&self, look: impl Fn(&T) -> Seen, came: impl Fn()) {
-        let mut state = self.lock();
-        while !state.ends {
+        let mut watched = Vec::new();
+        while let Some(set) = self.next(watched.is_empty()) {
+            watched = set.unwrap_or(watched);
             let (mut any_came, mut any_gone) = (false, false);
-            state.watched.retain(|each| {
+            watched.retain(|each| {
                 let seen = look(each);
                 any_came |= seen == Seen::Came;
                 any_gone |= seen == Seen::Gone;
@@ -59,17 +64,25 @@ impl<T> Shared<T> {
             if any_gone {
                 let _ = (&self.event).write(&1u64.to_ne_bytes());
             }
-            state = if state.watched.is_empty() {
-                self.changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner)
-            } else {
-                self.changed
-                    .wait_timeout(state, LOOK)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0
-            };
         }
+    }
+
+    /// Waits for the next look, or, with nothing to look at, until there is something. What is watched from now on, if that
+    /// has changed; None at the end.
+    fn next(&self, nothing: bool) -> Option<Option<Vec<T>>> {
+        let mut state = self.lock();
+        state.sleeps = nothing;
+        let mut state = if nothing {
+            self.changed
+                .wait_while(state, |state| state.set.is_none() && !state.ends)
+                .unwrap_or_else(PoisonError::into_inner)
+        } else {
+            self.changed
+                .wait_timeout_while(state, LOOK, |state| !state.ends)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0
+        };
+        (!state.ends).then(|| state.set.take())
     }
 }
 
@@ -87,7 +100,8 @@ impl<T: Send + 'static> Watch<T> {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
-                watched: Vec::new(),
+                set: None,
+                sleeps: false,
                 ends: false,
             }),
             changed: Condvar::new(),
@@ -112,10 +126,10 @@ impl<T: Send + 'static> Watch<T> {
     /// Watches these, and nothing else: each of them until it has come or gone.
     pub fn set(&self, watched: Vec<T>) {
         let mut state = self.shared.lock();
-        let slept = state.watched.is_empty();
-        state.watched = watched;
+        state.set = Some(watched);
+        let sleeps = state.sleeps;
         drop(state);
-        if slept {
+        if sleeps {
             self.shared.changed.notify_one();
         }
     }
