@@ -9,10 +9,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from virtiofsd_rafs.native._lib import ffi, lib, raise_for
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
+
+_POST = Struct(f"={lib.VR_POST_WORDS}Q")
+_TRACE = Struct(f"={lib.VR_TRACE_WORDS}Q")
 _BATCH = 256
 # What the rings of all threads hold (native/crates/session/src/rings.rs).
 _MAX_BATCHES = 8 * 1024 // _BATCH
@@ -133,21 +141,20 @@ class Session:
 
     def posts(self) -> list[Post]:
         """All posts that have come since the last call."""
-        return [Post(*words) for words in self._drain(lib.vr_session_posts, self._posts, lib.VR_POST_WORDS)]
+        return self._drain(lib.vr_session_posts, self._posts, _POST, Post._make)
 
     def trace(self) -> list[Trace]:
         """Parked requests that have been answered since the last call; old ones are lost when nobody asks."""
-        return [
-            Trace(*words) for words in self._drain(lib.vr_session_traces, self._traces, lib.VR_TRACE_WORDS)
-        ]
+        return self._drain(lib.vr_session_traces, self._traces, _TRACE, Trace._make)
 
-    def _drain(self, function: Any, buffer: Any, words: int) -> list[list[int]]:
-        out: list[list[int]] = []
+    def _drain(
+        self, function: Any, buffer: Any, record: Struct, make: Callable[[Iterable[int]], T]
+    ) -> list[T]:
+        out: list[T] = []
         # A worker that a guest has taken over could fill its ring as fast as it is read.
         for _ in range(_MAX_BATCHES):
             n = raise_for(function(self._handle, buffer, _BATCH))
-            flat = ffi.unpack(buffer, n * words)
-            out.extend(flat[i : i + words] for i in range(0, len(flat), words))
+            out.extend(map(make, record.iter_unpack(ffi.buffer(buffer, n * record.size))))
             if n < _BATCH:
                 break
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -59,14 +60,11 @@ class Layout:
         offsets = chunks.offsets
         self._order: list[int] | None = None
         self._rank: list[int] = []
+        if all(map(operator.le, offsets, itertools.islice(offsets, 1, None))):
+            return
         # Numbers that the image does not describe stand at 0 and are skipped later, whatever their place.
-        last = 0
-        for chunk, offset in enumerate(offsets):
-            if chunks.promised(chunk):
-                if offset < last:
-                    break
-                last = offset
-        else:
+        described = [offset for chunk, offset in enumerate(offsets) if chunks.promised(chunk)]
+        if all(map(operator.le, described, itertools.islice(described, 1, None))):
             return
         self._order = sorted(range(len(offsets)), key=offsets.__getitem__)
         self._rank = [0] * len(offsets)
