@@ -208,6 +208,31 @@ async def test_posts_become_fetches_and_wakes(image: MadeImage, cache: Path) -> 
     check_data(cache, image, *range(3, len(image.chunks)))
 
 
+async def test_what_another_daemon_fetches_is_waited_for_and_fetched_when_it_is_given_up(
+    image: MadeImage, cache: Path
+) -> None:
+    source = ScriptedSource(image)
+    async with rig(image, cache) as ours:
+        async with rig(image, cache, source) as theirs:
+            source.gate.clear()
+            theirs.session.post(1)
+            await theirs.until(lambda: source.running == 1)
+            ours.session.post(1, 1)
+            await ours.until(lambda: ours.agent.planner.waiting == 1)
+            source.gate.set()
+            await ours.until_ready(1)
+            await ours.until(lambda: not ours.agent.planner.left)
+            source.gate.clear()
+            theirs.session.post(2)
+            await theirs.until(lambda: source.running == 1)
+            ours.session.post(2)
+            await ours.until(lambda: ours.agent.planner.waiting == 1)
+            assert ours.source.calls == []
+        await ours.until_ready(2)
+        assert len(ours.source.calls) == 1
+    check_data(cache, image, 1, 2)
+
+
 async def test_others_see_at_once_what_is_fetched_and_what_is_not_any_more(
     image: MadeImage, cache: Path
 ) -> None:

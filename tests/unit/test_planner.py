@@ -566,7 +566,7 @@ def test_bad_bytes_are_not_asked_for_at_the_end_of_each_request() -> None:
 def test_what_another_daemon_fetches_is_left_to_it() -> None:
     blob = Blob(TEN, hinted_set={2, 3})
     p = planner(blob)
-    assert post(p, 2, 5) == [Posted.QUEUED, Posted.QUEUED]
+    assert post(p, 2, 5, 2) == [Posted.LEFT, Posted.QUEUED, Posted.LEFT]
     assert ranges(p, 0.0) == [(5, 6, 7, 8, 9)]
     assert p.next_event() == pytest.approx(0.25)
     assert ranges(p, 0.01) == []

@@ -189,11 +189,12 @@ class Agent:
 
     def _take_posts(self) -> None:
         now = time.monotonic()
-        ready = False
+        ready = to_do = False
         for post in self._session.posts():
             # One image per daemon: another mount's number cannot be meant.
             key = (post.blob_index if post.mount == 0 else -1, post.chunk_index)
             posted = self.planner.post(key, now, Origin(post.nodeid, post.file_offset), post.time_ns / 1e9)
+            to_do = to_do or posted is not Posted.LEFT
             if posted is Posted.READY:
                 ready = True
                 self._suspect(key, now)
@@ -201,7 +202,11 @@ class Agent:
                 _log.warning("a worker asks for chunk %d of blob %d: there is none", post.chunk_index, key[0])
         if ready:
             self._session.wake()
-        self._pump()
+        if to_do:
+            self._pump()
+        else:
+            # Beside many daemons that is what happens most, and all of them hear of the same chunk at once.
+            self._await_others(now)
 
     def _suspect(self, key: Key, now: float) -> None:
         """Counts posts of a chunk that is verified; too many of them start another verification."""
@@ -237,13 +242,17 @@ class Agent:
             self._spawn(self._fetch(fetch))
         if self.planner.take_found_ready():
             self._session.wake()
-        self._watching.follow(self.planner.left)
-        self._set_timer(now)
+        self._await_others(now)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
         if not self._tasks and self._has_threads:
             self._idle_timer = self._loop.call_later(IDLE_S, self._relax)
+
+    def _await_others(self, now: float) -> None:
+        """Looks after what is left to other daemons."""
+        self._watching.follow(self.planner.left)
+        self._set_timer(now)
 
     def _set_timer(self, now: float) -> None:
         """Wakes us when the planner has something to do without a new event."""

@@ -144,9 +144,11 @@ class Planner:
             return Posted.READY
         taken = now if since is None else min(now, max(since, now - self._io_deadline_s))
         deadline = taken + self._io_deadline_s
-        waiting = (
-            self._queue.get(key) or self.left.get(key) or self._delayed.get(key) or self._verifying.get(key)
-        )
+        left = self.left.get(key)
+        if left is not None:
+            left.wait(deadline)
+            return Posted.LEFT
+        waiting = self._queue.get(key) or self._delayed.get(key) or self._verifying.get(key)
         if waiting is not None:
             waiting.wait(deadline)
             return Posted.JOINED
@@ -168,6 +170,9 @@ class Planner:
             self._verifying[key] = want
             self._verify_next.append(key)
             return Posted.VERIFY
+        if self.left.may_take(want, now):
+            self.left.put(want, now)
+            return Posted.LEFT
         self._queue[key] = want
         return Posted.QUEUED
 

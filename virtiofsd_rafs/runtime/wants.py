@@ -23,6 +23,7 @@ class Posted(Enum):
     READY = "ready"  # wake the workers: it is there
     QUEUED = "queued"
     JOINED = "joined"  # somebody waits for it already, or it was read ahead
+    LEFT = "left"  # another daemon is fetching it
     VERIFY = "verify"  # stored, to be verified: see Planner.next_verifications
     INVALID = "invalid"  # the image has no such chunk
 
