@@ -17,7 +17,7 @@ from tests.integration.conftest import Served, children, kill, run_daemon
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.frontend_link import Region
 from virtiofsd_rafs.native.session import HANG, Session
-from virtiofsd_rafs.runtime.scheduling import LOOP_NICE
+from virtiofsd_rafs.runtime.scheduling import ANSWER_NICE, LOOP_NICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,6 +182,8 @@ def test_a_signal_ends_it_in_any_state(start, state: str) -> None:
 def test_only_the_event_loop_of_control_has_a_preference(start) -> None:
     served = start()
     pids = {role: process["pid"] for role, process in served.daemon.status()["processes"].items()}
+    # Just after an answer it has another one.
+    served.wait_for(lambda: os.getpriority(os.PRIO_PROCESS, pids["control"]) != ANSWER_NICE)
     nice = {
         role: {int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in tasks}
         for role, tasks in ((role, list(Path(f"/proc/{pid}/task").iterdir())) for role, pid in pids.items())

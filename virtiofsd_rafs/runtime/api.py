@@ -16,6 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from virtiofsd_rafs.errors import ConfigError
 from virtiofsd_rafs.runtime.renewal import parse_update
+from virtiofsd_rafs.runtime.scheduling import AnswersFirst
 
 if TYPE_CHECKING:
     import socket
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
 
     from virtiofsd_rafs.runtime.view import View
 
+    _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
 _log = logging.getLogger(__name__)
 
 # A timer this short is late when the loop is busy, and nobody notices the wait for it.
 _LAG_PROBE_S = 0.005
+# Connections that wait until the loop takes them.
+_BACKLOG = 128
 # Of the only request that has one.
 _MAX_BODY = 256 << 10
 
@@ -37,8 +42,8 @@ def _json(data: Any, *, status: int = 200) -> web.Response:
     return web.json_response(data, status=status, dumps=_dumps)
 
 
-def make_app(view: View) -> web.Application:
-    """The application that shows *view*."""
+def make_app(view: View, asked: Callable[[], None]) -> web.Application:
+    """The application that shows *view*, and calls *asked* with each question."""
     naming: list[asyncio.Future[None]] = []
 
     def name_later(nodes: list[int]) -> None:
@@ -93,7 +98,12 @@ def make_app(view: View) -> web.Application:
         # nydusd answers with the values.
         return _json(dict.fromkeys(view.renewal.names(), "***"))
 
-    app = web.Application(middlewares=[_errors_as_json], client_max_size=_MAX_BODY)
+    @web.middleware
+    async def told(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        asked()
+        return await handler(request)
+
+    app = web.Application(middlewares=[told, _errors_as_json], client_max_size=_MAX_BODY)
     app.router.add_get("/api/v1/daemon", daemon)
     app.router.add_get("/api/v1/status", status)
     app.router.add_get("/api/v1/trace", trace)
@@ -114,9 +124,7 @@ async def _loop_lag() -> float:
 
 
 @web.middleware
-async def _errors_as_json(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Errors in nydusd's form: ``{"code": ..., "message": ...}``."""
     try:
         return await handler(request)
@@ -153,7 +161,23 @@ def _server_logger() -> logging.Logger:
 
 async def start(listener: socket.socket, view: View) -> Callable[[], Awaitable[None]]:
     """Serves *view* on *listener*; returns what stops it."""
-    runner = web.AppRunner(make_app(view), access_log=None, logger=_server_logger(), shutdown_timeout=0.5)
+    loop = asyncio.get_running_loop()
+    preference = AnswersFirst(loop)
+    app = make_app(view, preference.asked)
+    runner = web.AppRunner(app, access_log=None, logger=_server_logger(), shutdown_timeout=0.5)
     await runner.setup()
-    await web.SockSite(runner, listener).start()
-    return runner.cleanup
+    protocol = runner.server
+    assert protocol is not None
+
+    def connected() -> asyncio.Protocol:
+        preference.asked()  # a third of an answer's work is done before there is a request
+        return protocol()
+
+    server = await loop.create_server(connected, sock=listener, backlog=_BACKLOG)
+
+    async def stop() -> None:
+        server.close()
+        await runner.cleanup()
+        preference.close()
+
+    return stop
