@@ -48,6 +48,7 @@ class Virtiofsd(BackEnd):
     def __init__(self, program: str | Path, tree: Path, work: Path, log: Path | None = None) -> None:
         work.mkdir(parents=True, exist_ok=True)
         socket = work / "vhost.sock"
+        socket.unlink(missing_ok=True)  # of an earlier one: it would be taken for this one's
         argv = [str(program), f"--socket-path={socket}", f"--shared-dir={tree}", "--sandbox", "none"]
         argv += ["--seccomp", "none", "--cache", "always", "--xattr", "--log-level", "error"]
         # File handles, the default for root since 1.14, need the mount point of the tree's file system, which

@@ -36,6 +36,7 @@ class Nydusd(BackEnd):
         work.mkdir(parents=True, exist_ok=True)
         cache.mkdir(parents=True, exist_ok=True)
         socket, self._api_socket = work / "vhost.sock", work / "api.sock"
+        socket.unlink(missing_ok=True)  # of an earlier one: it would be taken for this one's
         config = {
             "device": {
                 "backend": backend,
