@@ -17,7 +17,7 @@ The numbers were chosen with ``scripts/bench model``.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
@@ -110,7 +110,7 @@ class ReadAhead:
         self._link = link
         self._fixed = first_window
         self._touched = touched
-        self._blobs: dict[int, _Blob] = {}
+        self._blobs: defaultdict[int, _Blob] = defaultdict(_Blob)
         self._ahead: deque[_Ahead] = deque()
         self._level = 0
         self._score = 0.0
@@ -128,7 +128,7 @@ class ReadAhead:
         """
         if not self._amplify:
             return Window(0)
-        known = self._known(blob)
+        known = self._blobs[blob]
         whole = self._first()
         first = 0 if self._level >= LEVELS else whole >> self._level
         for stream in known.streams:
@@ -149,7 +149,7 @@ class ReadAhead:
 
     def planned(self, layout: Layout, blob: int, end: int, window: Window, ahead: Sequence[int]) -> None:
         """A fetch with *window* ends at byte *end* and brings the chunks *ahead*, which nobody wants yet."""
-        known = self._known(blob)
+        known = self._blobs[blob]
         known.streams.append(_Stream(end, window.ahead))
         touched = self._touched
         if touched is None or self._fixed is not None:
@@ -163,13 +163,7 @@ class ReadAhead:
     def followed(self, layout: Layout, blob: int, offset: int, end: int) -> None:
         """A want at byte *offset* was fetched by another daemon: whoever reads on from *end* goes on, too."""
         window = self.window(layout, blob, offset)
-        self._known(blob).streams.append(_Stream(end, window.ahead))
-
-    def _known(self, blob: int) -> _Blob:
-        known = self._blobs.get(blob)
-        if known is None:
-            known = self._blobs[blob] = _Blob()
-        return known
+        self._blobs[blob].streams.append(_Stream(end, window.ahead))
 
     def _judge(self, gain: float) -> None:
         """Read-ahead has saved (or, if negative, cost) *gain* bytes."""
