@@ -146,3 +146,25 @@ fn what_is_in_the_page_cache_and_what_is_not_come_both() {
     }
     assert!(!pool.is_busy());
 }
+
+#[test]
+fn reads_that_need_no_disk_do_not_keep_one_waiting_that_does() {
+    let pool = pool();
+    let read = || job(-1, 1, 1);
+    // No thread is started: what one would do next is asked for here.
+    {
+        let mut state = pool.lock();
+        state.jobs.extend((0..3 * MAX_STREAK).map(|_| read()));
+        state.pieces = 3 * MAX_STREAK;
+        let data = vec![0];
+        state.begun.push_back(Begun { job: read(), data });
+    }
+    let begins = (0..)
+        .take_while(|_| matches!(pool.next_step(), Step::Begin(_)))
+        .count();
+    assert_eq!(begins, MAX_STREAK);
+    // With nothing begun, the rest need not stop.
+    for _ in MAX_STREAK..3 * MAX_STREAK {
+        assert!(matches!(pool.next_step(), Step::Begin(_)));
+    }
+}
