@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.conftest import Served, children, kill, run_daemon
+from tests.preference import may_be_preferred
 from virtiofsd_rafs.native.frontend import Frontend
 from virtiofsd_rafs.native.frontend_link import Region
 from virtiofsd_rafs.native.session import HANG, Session
@@ -190,14 +191,3 @@ def test_only_the_event_loop_of_control_has_a_preference(start) -> None:
     }
     assert nice["control"].pop(pids["control"]) == (LOOP_NICE if may_be_preferred() else 0)
     assert {value for values in nice.values() for value in values.values()} == {0}
-
-
-def may_be_preferred() -> bool:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.nice(LOOP_NICE)
-        except OSError:
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(pid, 0)[1] == 0

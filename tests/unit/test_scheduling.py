@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from tests.preference import may_be_preferred
 from virtiofsd_rafs.runtime.scheduling import ANSWER_NICE, CALM_S, LOOP_NICE, AnswersFirst, loop_first
 
 if TYPE_CHECKING:
@@ -37,17 +38,6 @@ def in_thread(work: Callable[[], T]) -> T:
 
 def nice() -> int:
     return os.getpriority(os.PRIO_PROCESS, 0)
-
-
-def may_be_preferred() -> bool:
-    def ask() -> bool:
-        try:
-            os.setpriority(os.PRIO_PROCESS, 0, ANSWER_NICE)
-        except OSError:
-            return False
-        return True
-
-    return in_thread(ask)
 
 
 @pytest.fixture(autouse=True)
